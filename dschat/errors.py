@@ -1,0 +1,45 @@
+"""How a program ends: a user's mistake is one line and exit code 2, anything else a traceback and exit code 1."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us. The message is one line: what, where (file:line of data), how to mend it."""
+
+
+def run_program(main: Callable[[], None]) -> NoReturn:
+    """Run ``main`` and exit: 0 done, 2 for a `UserError` (one line on stderr), 1 for everything else.
+
+    When $DSCHAT_ERROR_FILE is set (e2e_rlhf.py does), the first process to fail also writes its error there, so that
+    the cause can be shown last, after whatever a launcher prints.
+    """
+    try:
+        main()
+    except UserError as error:
+        _record(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except Exception:
+        text = traceback.format_exc()
+        _record(text)
+        print(text, file=sys.stderr, flush=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _record(text: str) -> None:
+    path = os.environ.get("DSCHAT_ERROR_FILE")
+    if not path:
+        return
+    try:
+        with open(path, "x", encoding="utf-8") as file:  # "x": the first failing rank is the cause, later ones follow
+            file.write(text)
+    except OSError:
+        pass  # the terminal has it all the same
