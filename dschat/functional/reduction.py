@@ -1,0 +1,29 @@
+"""What the losses share: the division by a count, the dict of statistics, the check of shapes."""
+
+import torch
+from torch import Tensor
+
+Stats = dict[str, Tensor]
+
+
+def divide(total: Tensor, own_count: Tensor, denominator: Tensor | float | None) -> Tensor:
+    """total / denominator (own_count by default); `total`, which is then 0, where nothing was counted: never 0 / 0."""
+    chosen = own_count if denominator is None else denominator
+    chosen = torch.as_tensor(chosen, dtype=torch.float32, device=total.device)
+    return total / torch.where(own_count > 0, chosen, 1.0)
+
+
+def detached(**stats: Tensor) -> Stats:
+    """The statistics as float32 scalars outside the graph."""
+    return {name: value.detach().float() for name, value in stats.items()}
+
+
+def require_same_shape(**tensors: Tensor) -> None:
+    """Refuses what would otherwise broadcast, (B,) with (B, 1) into (B, B).
+
+    Raises:
+        ValueError: two of the shapes differ; the message names them all.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes must agree: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
