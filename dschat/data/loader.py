@@ -1,0 +1,107 @@
+"""Which rows make which micro-batch on which rank, and rows -> CPU tensors.
+
+Masks are made here, once, from lengths. A row that only fills a ragged last batch is marked by `num_real` and masked
+out by the collators, so no example is dropped or counted twice on any number of ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+Batch = dict[str, torch.Tensor]
+
+
+class MicroBatch(NamedTuple):
+    """Rows of one micro-batch; the first `num_real` count, the others only fill up."""
+
+    indices: list[int]
+    num_real: int
+
+
+def epoch_batches(
+    num_rows: int,
+    per_device_batch_size: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+) -> list[list[MicroBatch]]:
+    """The optimizer steps of one epoch for one rank: each a list of `accumulation` micro-batches of constant size.
+
+    A global batch is the next per_device_batch_size * accumulation * world_size rows of the epoch's permutation, so
+    it depends on that product alone; of it, rank r takes every world_size-th row from r on.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows) if shuffle else np.arange(num_rows)
+    rows_per_rank = per_device_batch_size * accumulation
+    steps = []
+    for start in range(0, num_rows, rows_per_rank * world_size):
+        chunk = order[start : start + rows_per_rank * world_size].tolist()
+        mine = chunk[rank::world_size]
+        filled = mine + [chunk[0]] * (rows_per_rank - len(mine))
+        step = []
+        for first in range(0, rows_per_rank, per_device_batch_size):
+            num_real = min(max(len(mine) - first, 0), per_device_batch_size)
+            step.append(MicroBatch(filled[first : first + per_device_batch_size], num_real))
+        steps.append(step)
+    return steps
+
+
+def prompt_stream(num_rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of constant size: fresh permutations, one after the other without a gap."""
+    if num_rows < 1:
+        raise ValueError("prompt_stream needs at least one row")
+    rows: list[int] = []
+    epoch = 0
+    while True:
+        while len(rows) < batch_size:
+            rows += np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+            epoch += 1
+        yield rows[:batch_size]
+        rows = rows[batch_size:]
+
+
+def collate_sft(rows: Sequence[dict[str, Any]], num_real: int, pad_token_id: int) -> Batch:
+    """input_ids (B, T) int64, attention_mask (B, T) bool, loss_mask (B, T) bool: False in rows from num_real on."""
+    input_ids, attention_mask = _pad_right([row["input_ids"] for row in rows], pad_token_id)
+    loss_mask = _pad_right([row["loss_mask"] for row in rows], 0)[0].bool()
+    loss_mask[num_real:] = False
+    loss_mask[:, 0] = False  # nothing predicts the first token
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+
+
+def collate_preferences(rows: Sequence[dict[str, Any]], num_real: int, pad_token_id: int) -> Batch:
+    """input_ids, attention_mask, loss_mask (2B, T): the chosen rows, then the rejected; margin, pair_mask (B,).
+
+    loss_mask is True on the tokens of the response; pair_mask is False from num_real on.
+    """
+    sequences = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+    input_ids, attention_mask = _pad_right(sequences, pad_token_id)
+    prompt_lens = torch.tensor([row["prompt_len"] for row in rows] * 2)
+    pair_mask = torch.arange(len(rows)) < num_real
+    in_response = torch.arange(input_ids.shape[1]) >= prompt_lens[:, None]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "loss_mask": attention_mask & in_response & pair_mask.repeat(2)[:, None],
+        "margin": torch.tensor([row["margin"] for row in rows], dtype=torch.float32),
+        "pair_mask": pair_mask,
+    }
+
+
+def collate_prompts(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
+    """input_ids (B, P) int64, attention_mask (B, P) bool, padded on the LEFT: generation goes on at the right edge."""
+    reversed_ids, reversed_mask = _pad_right([row["prompt_ids"][::-1] for row in rows], pad_token_id)
+    return {"input_ids": reversed_ids.flip(1), "attention_mask": reversed_mask.flip(1)}
+
+
+def _pad_right(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) int64 padded with value to the longest sequence, and (B, T) bool: True where a sequence has a token."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    padded = torch.full((len(sequences), int(lengths.max())), value, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

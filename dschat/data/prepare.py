@@ -1,0 +1,91 @@
+"""From --data_path to the token rows of a stage, in one call."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from dschat.data.loader import MicroBatch, epoch_batches
+from dschat.data.sources import load_stage_data
+from dschat.data.stages import tokenize_preferences, tokenize_prompts, tokenize_sft
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+TOKENIZE = {"sft": tokenize_sft, "preference": tokenize_preferences, "prompt": tokenize_prompts}
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data, how it is split, where its cache lies; see the flags of the same names."""
+
+    data_path: tuple[str, ...]
+    eval_data_path: tuple[str, ...]
+    data_split: str
+    eval_fraction: float
+    seed: int
+    cache_dir: str
+    skip_bad_records: bool
+    num_workers: int
+    max_eval_samples: int  # 0: all
+
+
+@dataclass
+class StageRows:
+    """Token rows to train on and held out, and what was dropped or cut, by reason."""
+
+    train: datasets.Dataset
+    eval: datasets.Dataset
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def summary(self, noun: str) -> str:
+        lines = [f"data: {len(self.train)} {noun} to train on, {len(self.eval)} held out"]
+        return "\n".join(lines + [f"  {count} × {reason}" for reason, count in self.dropped.items()])
+
+    def record(self) -> dict:
+        """For run.json. The fingerprints change with any byte of the data, the template or the tokenizer."""
+        return {
+            "train": len(self.train),
+            "eval": len(self.eval),
+            "dropped": dict(self.dropped),
+            "train_fingerprint": self.train._fingerprint,
+            "eval_fingerprint": self.eval._fingerprint,
+        }
+
+
+def load_rows(spec: DataSpec, stage: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> StageRows:
+    """The rows of ``stage`` ("sft", "preference" or "prompt"), at most ``max_len`` tokens each.
+
+    Raises:
+        UserError: a bad file or record, a stage left without data.
+    """
+    train, held_out, dropped = load_stage_data(
+        spec.data_path,
+        spec.eval_data_path,
+        stage,
+        spec.data_split,
+        spec.eval_fraction,
+        spec.seed,
+        spec.cache_dir,
+        spec.skip_bad_records,
+    )
+    tokenize = TOKENIZE[stage]
+    train_rows, cut = tokenize(train, tokenizer, max_len, spec.num_workers)
+    eval_rows, eval_cut = tokenize(held_out, tokenizer, max_len, spec.num_workers)
+    if spec.max_eval_samples:
+        eval_rows = eval_rows.select(range(min(spec.max_eval_samples, len(eval_rows))))
+    return StageRows(train_rows, eval_rows, dropped + cut + eval_cut)
+
+
+def training_batches(
+    num_rows: int,
+    per_device_batch_size: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_epochs: int,
+    max_steps: int,
+) -> list[list[MicroBatch]]:
+    """The optimizer steps of a whole run for one rank, each epoch in an order of its own; 0 ``max_steps``: all."""
+    sizes = (num_rows, per_device_batch_size, accumulation, rank, world_size, seed)
+    steps = [step for epoch in range(num_epochs) for step in epoch_batches(*sizes, epoch)]
+    return steps[:max_steps] if max_steps else steps

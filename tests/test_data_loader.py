@@ -1,0 +1,145 @@
+"""Which rows go where, and what the tensors hold."""
+
+from itertools import islice
+
+from dschat.data.loader import collate_preferences, collate_prompts, collate_sft, epoch_batches, prompt_stream
+from dschat.data.show import show_batch
+from dschat.data.tokenizer import train_tokenizer
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sizes = st.integers(1, 4)
+
+
+@settings(max_examples=120, deadline=None)
+@given(num_rows=st.integers(0, 70), per_device=sizes, accumulation=sizes, world=sizes, shuffle=st.booleans())
+def test_every_row_counts_once_on_any_number_of_ranks(num_rows, per_device, accumulation, world, shuffle):
+    ranks = [epoch_batches(num_rows, per_device, accumulation, r, world, 3, 1, shuffle) for r in range(world)]
+    real = [row for steps in ranks for step in steps for micro in step for row in micro.indices[: micro.num_real]]
+    assert sorted(real) == list(range(num_rows))
+    assert len({len(steps) for steps in ranks}) == 1
+    for steps in ranks:
+        assert all(len(step) == accumulation for step in steps)
+        for micro in (micro for step in steps for micro in step):
+            assert len(micro.indices) == per_device and 0 <= micro.num_real <= per_device
+            assert all(0 <= row < num_rows for row in micro.indices)
+        assert all(micro.num_real == per_device for step in steps[:-1] for micro in step), "only the last is ragged"
+
+
+def global_batches(per_device, accumulation, world, num_rows=50):
+    ranks = [epoch_batches(num_rows, per_device, accumulation, rank, world, 0, 2) for rank in range(world)]
+    return [
+        sorted(row for steps in ranks for micro in steps[number] for row in micro.indices[: micro.num_real])
+        for number in range(len(ranks[0]))
+    ]
+
+
+def test_global_batches_do_not_depend_on_the_number_of_ranks():
+    expected = global_batches(12, 1, 1)
+    assert [len(batch) for batch in expected] == [12, 12, 12, 12, 2]
+    for shape in [(1, 12, 1), (6, 1, 2), (3, 2, 2), (1, 3, 4), (2, 2, 3)]:
+        assert global_batches(*shape) == expected
+
+
+def test_epochs_and_seeds_have_their_own_order_and_can_be_repeated():
+    def order(seed, epoch, shuffle=True):
+        return [row for step in epoch_batches(40, 4, 1, 0, 1, seed, epoch, shuffle) for row in step[0].indices]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) != order(1, 1)
+    assert order(0, 0, shuffle=False) == list(range(40))
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_rows=st.integers(1, 20), batch_size=st.integers(1, 25))
+def test_prompt_stream_glues_whole_epochs(num_rows, batch_size):
+    batches = list(islice(prompt_stream(num_rows, batch_size, 7), 3 * num_rows))
+    assert all(len(batch) == batch_size for batch in batches)
+    rows = [row for batch in batches for row in batch]
+    for start in range(0, len(rows) - num_rows + 1, num_rows):
+        assert sorted(rows[start : start + num_rows]) == list(range(num_rows))
+    assert rows == [row for batch in islice(prompt_stream(num_rows, batch_size, 7), 3 * num_rows) for row in batch]
+
+
+def test_prompt_stream_reshuffles():
+    rows = [row for batch in islice(prompt_stream(10, 5, 0), 4) for row in batch]
+    assert rows[:10] != rows[10:]
+    with pytest.raises(ValueError, match="at least one row"):
+        next(prompt_stream(0, 2, 0))
+
+
+T, F = True, False
+PAD = 9  # also used as a real token below: masks must come from lengths
+
+
+def check(batch, **expected):
+    for name, value in expected.items():
+        assert batch[name].tolist() == value, name
+
+
+def test_collate_sft():
+    rows = [
+        {"input_ids": [5, 9, 2], "loss_mask": [T, F, T]},
+        {"input_ids": [9], "loss_mask": [F]},
+        {"input_ids": [5, 2], "loss_mask": [F, T]},
+    ]
+    batch = collate_sft(rows, 2, PAD)
+    check(
+        batch,
+        input_ids=[[5, 9, 2], [9, 9, 9], [5, 2, 9]],
+        attention_mask=[[T, T, T], [T, F, F], [T, T, F]],
+        loss_mask=[[F, F, T], [F, F, F], [F, F, F]],
+    )
+    assert [batch[name].dtype for name in batch] == [torch.int64, torch.bool, torch.bool]
+    assert collate_sft(rows, 3, PAD)["loss_mask"][2].tolist() == [F, T, F]
+
+
+def test_collate_preferences():
+    rows = [
+        {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 9], "prompt_len": 1, "margin": 0.5},
+        {"chosen_ids": [4, 9], "rejected_ids": [4, 2, 6, 7], "prompt_len": 1, "margin": 0.0},
+    ]
+    batch = collate_preferences(rows, 2, PAD)
+    check(
+        batch,
+        input_ids=[[1, 2, 3, 9], [4, 9, 9, 9], [1, 9, 9, 9], [4, 2, 6, 7]],
+        attention_mask=[[T, T, T, F], [T, T, F, F], [T, T, F, F], [T, T, T, T]],
+        loss_mask=[[F, T, T, F], [F, T, F, F], [F, T, F, F], [F, T, T, T]],
+        margin=[0.5, 0.0],
+        pair_mask=[T, T],
+    )
+    partly = collate_preferences(rows, 1, PAD)
+    check(partly, pair_mask=[T, F])
+    assert partly["loss_mask"].any(1).tolist() == [T, F, T, F]
+    assert partly["margin"].dtype == torch.float32
+
+
+def test_collate_prompts_pads_on_the_left():
+    batch = collate_prompts([{"prompt_ids": [9]}, {"prompt_ids": [3, 9, 4]}], PAD)
+    check(batch, input_ids=[[9, 9, 9], [3, 9, 4]], attention_mask=[[F, F, T], [T, T, T]])
+
+
+def test_collators_pad_to_the_longest_of_the_micro_batch():
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": rng.integers(0, 9, n).tolist(), "loss_mask": [F] * n} for n in (3, 17, 5)]
+    assert collate_sft(rows, 3, PAD)["input_ids"].shape == (3, 17)
+    assert collate_sft(rows[:1], 1, PAD)["input_ids"].shape == (1, 3)
+
+
+def test_show_batch(monkeypatch):
+    tokenizer = train_tokenizer([], 258)
+    ids = tokenizer("ab\x1bé!")["input_ids"]
+    row = torch.tensor([[*ids, tokenizer.pad_token_id]] * 3)
+    real = row != tokenizer.pad_token_id
+    learned = torch.tensor([[F, T, T, T, T, F, F]] * 3)
+    shown = show_batch(tokenizer, row, real, learned)
+    assert shown == "\n\n".join(f"row {n}: 6 tokens, 4 in the loss\na[b\\x1bé]!" for n in range(2))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[2ma\x1b[0m\x1b[32mb\\x1bé\x1b[0m\x1b[2m!\x1b[0m" in show_batch(tokenizer, row, real, learned)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert show_batch(tokenizer, row, real, learned) == shown
