@@ -1,0 +1,198 @@
+"""DeepSpeed engines for trained and frozen models: the only file that knows DeepSpeed's configuration keys."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dschat.engine.distributed import Runtime, barrier
+from dschat.engine.optimizer import create_optimizer, create_scheduler
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+ENGINE_KEY = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How a trained model is optimized."""
+
+    learning_rate: float
+    weight_decay: float
+    lr_scheduler_type: str
+    num_warmup_steps: int
+    num_steps: int
+    max_grad_norm: float  # 0: no clipping
+    zero_stage: int
+    gradient_checkpointing: bool = False
+
+
+def create_train_engine(
+    model: nn.Module, spec: TrainSpec, *, dtype: torch.dtype, runtime: Runtime
+) -> deepspeed.DeepSpeedEngine:
+    """A model with its optimizer and schedule under ZeRO. `backward` any number of times, then ``engine.step()``.
+
+    In half precision stage 0 becomes stage 1: DeepSpeed 0.19.8 at stage 0 in bf16 makes a hidden first Adam step,
+    which leaves the first real update at 0.735 of its size (betas 0.9, 0.95). Stage 1 computes the same without it.
+    """
+    model.to(runtime.device)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    optimizer = create_optimizer(model, spec.learning_rate, spec.weight_decay)
+    scheduler = create_scheduler(optimizer, spec.lr_scheduler_type, spec.num_warmup_steps, spec.num_steps)
+    zero_stage = max(spec.zero_stage, 1) if dtype in ENGINE_KEY else spec.zero_stage
+    config = _config(zero_stage, dtype) | {"managed_gradient_accumulation": False}
+    config["gradient_clipping"] = spec.max_grad_norm if zero_stage else 0.0  # DeepSpeed's own default is 1.0
+    if zero_stage == 0:
+        _clip_in_optimizer(model, optimizer, spec.max_grad_norm)
+    with _buffers_kept(model):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    return engine
+
+
+def create_frozen_model(
+    model: nn.Module, *, zero_stage: int, dtype: torch.dtype, device: torch.device
+) -> nn.Module | deepspeed.DeepSpeedEngine:
+    """A model that is only ever evaluated: sharded by DeepSpeed at stage 3; at stages 0 to 2, which shard nothing of a
+    model without an optimizer, the plain module on this rank's device."""
+    model.requires_grad_(False)
+    if zero_stage < 3:
+        return model.to(device).eval()
+    with _buffers_kept(model):
+        engine, *_ = deepspeed.initialize(model=model, config=_config(3, dtype))
+    engine.eval()
+    return engine
+
+
+def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
+    """Accumulate the gradient of ``loss``, whose sum over micro-batches **and ranks** is the objective.
+
+    DeepSpeed averages gradients over ranks; the factor undoes that, so the programs divide each loss by the tokens (or
+    pairs) of the whole optimizer step and neither accumulation nor the number of ranks changes the result.
+    """
+    engine.backward(loss * engine.world_size, scale_wrt_gas=False)
+
+
+def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """The L2 norm of the whole gradient of the last step, before clipping."""
+    recorded = getattr(engine.module, "dschat_grad_norm", None)
+    return float(recorded if recorded is not None else engine.get_global_grad_norm() or 0.0)
+
+
+def learning_rate(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Of the step that comes next."""
+    return engine.get_lr()[0]
+
+
+def unwrap(model: nn.Module | deepspeed.DeepSpeedEngine) -> nn.Module:
+    return model.module if isinstance(model, deepspeed.DeepSpeedEngine) else model
+
+
+def is_sharded(model: nn.Module | deepspeed.DeepSpeedEngine) -> bool:
+    return isinstance(model, deepspeed.DeepSpeedEngine) and model.zero_optimization_stage() == 3
+
+
+@contextmanager
+def whole_model(engine: deepspeed.DeepSpeedEngine | nn.Module, device: torch.device) -> Iterator[Any]:
+    """The module with all of its current weights on this rank, in eval mode, for generation.
+
+    Below stage 3 it is the engine's own module. At stage 3 it is a copy made by gathering each parameter once, so that
+    a rollout needs no collective per token and ranks may decode answers of unequal length; it is dropped on exit.
+    """
+    if not is_sharded(engine):
+        module = unwrap(engine)
+        was_training = module.training
+        module.eval()
+        yield module
+        module.train(was_training)
+        return
+    copy = gather_copy(engine, device, on_this_rank=True)
+    assert copy is not None
+    yield copy
+
+
+def gather_copy(engine: deepspeed.DeepSpeedEngine, device: torch.device, *, on_this_rank: bool) -> nn.Module | None:
+    """A plain copy of a stage-3 model on ``device``, on ranks with ``on_this_rank``. A collective."""
+    source = engine.module
+    copy: Any = None
+    if on_this_rank:
+        with torch.device("meta"):
+            copy = _build_like(source)
+        copy = copy.to_empty(device=device)
+        for owner in (m for m in copy.modules() if isinstance(m, PreTrainedModel)):
+            owner.tie_weights()
+        copy.to(next(source.parameters()).dtype)
+    targets = dict(copy.named_parameters()) if copy is not None else {}
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if copy is not None:
+                    targets[name].copy_(parameter)
+        if copy is not None:
+            buffers = dict(source.named_buffers())
+            for module_name, module in copy.named_modules():
+                for key in module._buffers:
+                    name = f"{module_name}.{key}" if module_name else key
+                    module._buffers[key] = buffers[name].detach().clone().to(device)
+            copy.eval().requires_grad_(False)
+    return copy
+
+
+def save_weights(engine: deepspeed.DeepSpeedEngine, save: Callable[[nn.Module], None], runtime: Runtime) -> None:
+    """Call ``save`` with the whole model on rank 0, and wait for it on the others. A collective."""
+    if is_sharded(engine):
+        whole = gather_copy(engine, torch.device("cpu"), on_this_rank=runtime.is_main)
+    else:
+        whole = unwrap(engine)
+    if runtime.is_main:
+        assert whole is not None
+        save(whole)
+    barrier(runtime)
+
+
+def _build_like(source: nn.Module) -> nn.Module:
+    """A module of the same structure from its config alone."""
+    if isinstance(source, PreTrainedModel):
+        return type(source)(source.config)
+    return source.rebuild()  # type: ignore[operator]  # models/scorer.py
+
+
+def _config(zero_stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The batch keys are required by DeepSpeed and unused: the programs own their batches."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    if dtype in ENGINE_KEY:
+        config[ENGINE_KEY[dtype]] = {"enabled": True}
+    return config
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed casts a whole module to half precision; rotary frequencies must stay in float32, as transformers loads
+    them, or every position is rotated by a rounded angle."""
+    owners = [(m, key, buffer) for m in model.modules() for key, buffer in m._buffers.items() if buffer is not None]
+    kept = [(m, key, buffer.clone()) for m, key, buffer in owners]
+    yield
+    for module, key, buffer in kept:
+        cast = module._buffers[key]
+        assert cast is not None
+        module._buffers[key] = buffer.to(cast.device)
+
+
+def _clip_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    """At stage 0 DeepSpeed clips without telling the norm; torch does both, on gradients that are reduced by then."""
+    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+
+    def clip(*_: Any) -> None:
+        model.dschat_grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    hook: Callable[..., None] = clip
+    optimizer.register_step_pre_hook(hook)

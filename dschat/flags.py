@@ -1,0 +1,155 @@
+"""The flags that several programs share, under DeepSpeed-Chat's names where it has them."""
+
+import os
+from dataclasses import dataclass
+
+from dschat.config import flag
+from dschat.data.prepare import DataSpec
+from dschat.engine.deepspeed_engine import TrainSpec
+from dschat.errors import UserError
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(kw_only=True)
+class RunFlags:
+    output_dir: str = flag(help="where the model and the records of the run go")
+    seed: int = flag(1234, "of weights, data order and sampling; the same seed gives the same weights on a CPU")
+    dtype: str = flag("auto", "of weights and activations; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
+    max_steps: int = flag(0, "stop after this many optimizer steps (step 3: rollouts); 0: by num_train_epochs")
+    num_train_epochs: int = flag(1, "passes over the data of this stage")
+    max_grad_norm: float = flag(1.0, "clip the gradient's L2 norm; 0: never")
+    eval_interval: int = flag(0, "evaluate every so many steps (step 3: rollouts); 0: before and after training only")
+    log_interval: int = flag(1, "steps between lines of metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_train_epochs", "log_interval")
+        require_not_negative(self, "max_steps", "eval_interval", "max_grad_norm")
+
+
+@dataclass(kw_only=True)
+class DataFlags:
+    data_path: list[str] = flag(help="files, save_to_disk folders, hub names or 'toy'; 'path:0.5' takes half of it")
+    data_split: str = flag("2,4,4", "shares of steps 1, 2 and 3; every record trains in one stage only")
+    eval_data_path: list[str] = flag([], "held-out data; without it the source's own test split or eval_fraction")
+    eval_fraction: float = flag(0.1, "of sources without a test split, held out before the stages are split")
+    max_eval_samples: int = flag(0, "evaluate on the first so many held-out rows; 0: all")
+    skip_bad_records: bool = flag(
+        False, "drop and count records that cannot be read, instead of stopping at the first"
+    )
+    chat_template: str = flag("auto", "auto: the model's own, else plain Human/Assistant; plain; or a jinja file")
+    data_output_path: str = flag("~/.cache/dschat", "folder of the tokenised data, keyed by content")
+    num_workers: int = flag(1, "processes that tokenise")
+    show_batch: bool = flag(False, "print the first batch decoded, trained tokens in colour")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_workers")
+        require_not_negative(self, "max_eval_samples")
+        if not 0 < self.eval_fraction < 1:
+            raise UserError(f"--eval_fraction {self.eval_fraction}: expected a share between 0 and 1")
+
+    def data_spec(self, seed: int) -> DataSpec:
+        return DataSpec(
+            data_path=tuple(self.data_path),
+            eval_data_path=tuple(self.eval_data_path),
+            data_split=self.data_split,
+            eval_fraction=self.eval_fraction,
+            seed=seed,
+            cache_dir=os.path.expanduser(self.data_output_path),
+            skip_bad_records=self.skip_bad_records,
+            num_workers=self.num_workers,
+            max_eval_samples=self.max_eval_samples,
+        )
+
+
+@dataclass(kw_only=True)
+class SupervisedFlags(RunFlags, DataFlags):
+    """Steps 1 and 2: one trained model, one loss over a data set."""
+
+    model_name_or_path: str = flag(help="a Hugging Face directory, a hub name or 'toy' (the embedded model)")
+    per_device_train_batch_size: int = flag(16, "rows (step 2: pairs) per rank and micro-batch")
+    per_device_eval_batch_size: int = flag(16, "the same in evaluation")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    max_seq_len: int = flag(512, "tokens of a whole dialogue; longer ones lose their earliest turns")
+    learning_rate: float = flag(1e-5, "peak")
+    weight_decay: float = flag(0.0, "of matrices; biases and norms never decay")
+    lr_scheduler_type: str = flag("cosine", "of the learning rate", choices=SCHEDULES)
+    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    zero_stage: int = flag(
+        0, "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 gradients, 3 weights are sharded", choices=ZERO_STAGES
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    dropout: float | None = flag(None, "every dropout of the model; default: as its config says")
+
+    def __post_init__(self) -> None:
+        RunFlags.__post_init__(self)
+        DataFlags.__post_init__(self)
+        require_positive(
+            self,
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "max_seq_len",
+            "learning_rate",
+        )
+        require_not_negative(self, "weight_decay", "num_warmup_steps")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout {self.dropout}: expected a probability of at least 0 and below 1")
+
+    def train_spec(self, num_steps: int) -> TrainSpec:
+        return TrainSpec(
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            lr_scheduler_type=self.lr_scheduler_type,
+            num_warmup_steps=self.num_warmup_steps,
+            num_steps=num_steps,
+            max_grad_norm=self.max_grad_norm,
+            zero_stage=self.zero_stage,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+
+def require_positive(flags: object, *names: str) -> None:
+    for name in names:
+        if not getattr(flags, name) > 0:
+            raise UserError(f"--{name} {getattr(flags, name)}: expected a number above 0")
+
+
+def require_not_negative(flags: object, *names: str) -> None:
+    for name in names:
+        if not getattr(flags, name) >= 0:
+            raise UserError(f"--{name} {getattr(flags, name)}: expected 0 or more")
+
+
+_HYBRID = "the rollout runs on the training weights; drop the flag"
+_TENSORBOARD = "tensorboard files are always written to <output_dir>/tensorboard; drop the flag"
+_END = "every answer ends with the tokenizer's end token in all stages; drop the flag"
+
+# DeepSpeed-Chat's flags that have no meaning here, and what to do instead.
+REMOVED = {
+    "num_padding_at_beginning": "masks come from lengths, for every model family; drop the flag",
+    "enable_hybrid_engine": _HYBRID,
+    "inference_tp_size": _HYBRID,
+    "tp_gather_partition_size": _HYBRID,
+    "release_inference_cache": _HYBRID,
+    "unpin_actor_parameters": _HYBRID,
+    "enable_tensorboard": _TENSORBOARD,
+    "tensorboard_path": _TENSORBOARD,
+    "add_eot_token": _END,
+    "eot_token": _END,
+    "compute_fp32_loss": "losses are always computed in float32; drop the flag",
+    "print_loss": "the progress bar shows the loss and metrics.jsonl keeps it; drop the flag",
+    "print_answers": "samples are printed and kept in samples.jsonl at every evaluation; use --eval_interval",
+    "print_answers_interval": "use --eval_interval",
+    "align_overflow": "losses are checked before either model steps; drop the flag",
+    "enable_test_mode": "use --max_steps",
+    "test_stop_step": "use --max_steps",
+    "sft_only_data_path": "give it to step 1 as --data_path with --data_split 1,0,0",
+    "eval_iters": "evaluation covers the whole held-out set; bound it with --max_eval_samples",
+    "actor_dropout": "dropout is off in step 3, where it would make every log-probability random; drop the flag",
+    "critic_dropout": "dropout is off in step 3, where it would make every value random; drop the flag",
+    "preprocessing_num_workers": "use --num_workers",
+    "reload": "the cache is keyed by content and is never stale; drop the flag",
+}

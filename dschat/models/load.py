@@ -1,0 +1,202 @@
+"""Load and save models as Hugging Face directories. Loading is strict: no weight is silently made up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dschat.errors import UserError
+from dschat.models.scorer import Scorer, load_score_stats
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+POLICY, REWARD, CRITIC = "policy", "reward", "critic"
+
+
+def load_causal_lm(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, dropout: float | None = None
+) -> PreTrainedModel:
+    """A causal language model from a directory or hub name, or the embedded one (``toy``).
+
+    The embeddings are grown when the tokenizer has more tokens than the model; they are never shrunk.
+
+    Raises:
+        UserError: not a model, a reward model, or weights missing from the checkpoint.
+    """
+    model: PreTrainedModel
+    if path == "toy":
+        model = LlamaForCausalLM._from_config(toy_config(tokenizer), dtype=dtype)
+    else:
+        config = _config(path)
+        if model_role(path, config) != POLICY:
+            raise UserError(f"{path} is a reward model, not a language model; give the directory of step 1")
+        model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype)
+        _require(path, info["missing_keys"])
+    return _fit(model, tokenizer, dropout)
+
+
+def load_scorer(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, dropout: float | None = None
+) -> PreTrainedModel:
+    """A sequence classifier with one label whose trunk is the model at ``path``: the start of step 2.
+
+    A reward model keeps its head; any other model gets a new one, N(0, 1 / (d + 1)) as in Stiennon et al. (2020).
+    """
+    if path == "toy":
+        config: PretrainedConfig = toy_config(tokenizer)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        missing = ["score.weight"]
+    else:
+        model, info = _from_pretrained(AutoModelForSequenceClassification, path, _config(path), dtype, num_labels=1)
+        missing = list(info["missing_keys"])
+    _require(path, [name for name in missing if not name.startswith("score.")])
+    if missing:
+        head = model.score
+        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+    return _fit(model, tokenizer, dropout)
+
+
+def load_trained_scorer(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, normalize: bool
+) -> Scorer:
+    """The reward model of step 3, or the critic that starts from it, with dropout off.
+
+    Raises:
+        UserError: a language model, a classifier with several labels, or a head that the checkpoint lacks.
+    """
+    if path == "toy":
+        raise UserError("toy is not a trained reward model; run step 2 first and give its --output_dir")
+    config = _config(path)
+    if model_role(path, config) == POLICY:
+        raise UserError(f"{path} is a language model, not a reward model; give the directory of step 2")
+    if config.num_labels != 1:
+        raise UserError(f"{path} has {config.num_labels} labels; a reward model has exactly one")
+    model, info = _from_pretrained(AutoModelForSequenceClassification, path, config, dtype)
+    _require(path, info["missing_keys"])
+    return Scorer(_fit(model, tokenizer, 0.0), *(load_score_stats(path) if normalize else (0.0, 1.0)))
+
+
+def model_role(path: str, config: PretrainedConfig) -> str:
+    """policy, reward or critic: as run.json says, else by the architecture in the config."""
+    record = Path(path) / "run.json"
+    if record.is_file():
+        try:
+            return json.loads(record.read_text(encoding="utf-8"))["role"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{record} is damaged ({error}); restore or delete it") from None
+    names = config.architectures or []
+    return REWARD if any(name.endswith("ForSequenceClassification") for name in names) else POLICY
+
+
+def toy_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """The embedded task's model: a Llama of 0.6 million parameters."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """How many positions the model was made for; None where it has no limit (ALiBi)."""
+    if config.model_type == "bloom":
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_context(config: PretrainedConfig, num_tokens: int, flags: str) -> None:
+    """Refuse sequences longer than the model has positions for.
+
+    Raises:
+        UserError: naming the flags to lower.
+    """
+    limit = max_positions(config)
+    if limit is not None and num_tokens > limit:
+        raise UserError(f"{flags} asks for {num_tokens} tokens but the model has {limit} positions; lower it")
+
+
+def disable_dropout(model: nn.Module, probability: float = 0.0) -> None:
+    """Set every dropout of the model; log-probabilities are exact only without it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name in ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
+    """Weights (safetensors), config, tokenizer with its chat template, generation defaults."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(directory)
+
+
+def _config(path: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        where = Path(path)
+        if where.is_dir() and not (where / "config.json").is_file():
+            inner = where / "actor"
+            mend = f"did you mean {inner}?" if inner.is_dir() else "give a Hugging Face model directory"
+            raise UserError(f"{path} holds no config.json; {mend}") from None
+        raise UserError(f"{path} is neither a model directory nor a reachable hub name ({_line(error)})") from None
+
+
+def _from_pretrained(auto_class: type, path: str, config: PretrainedConfig, dtype: torch.dtype, **options) -> tuple:
+    try:
+        if "num_labels" in options and getattr(config, "num_labels", 1) != options["num_labels"]:
+            config.num_labels = options["num_labels"]
+        return auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be loaded: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _require(path: str, missing: list[str] | set[str]) -> None:
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise UserError(
+            f"{path}: the checkpoint lacks {len(missing)} weights ({names}); it is damaged or of another kind"
+        )
+
+
+def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dropout: float | None) -> PreTrainedModel:
+    """Make model and tokenizer agree: vocabulary, pad and end tokens; set the dropout when asked."""
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+    if dropout is not None:
+        disable_dropout(model, dropout)
+    return model

@@ -1,0 +1,145 @@
+"""What a whole run came to: the numbers of summary.json and the tables a person reads, from the records of its stages.
+
+Every comparison is between answers to the same held-out prompts: the policy's before PPO (it is then the model of
+step 1), the best of n samples of that policy by the reward model, and the policy's after PPO.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dschat.report.progress import table
+from dschat.report.samples import short
+from dschat.report.statistics import wilson_interval
+
+SFT, PPO = "sft", "ppo"
+LABELS = {SFT: "SFT", "reward": "reward model", PPO: "PPO", "total": "in all"}
+
+
+class Verdict(Protocol):
+    @property
+    def score(self) -> float: ...
+    @property
+    def correct(self) -> bool: ...
+
+
+Judge = Callable[[str, str], Verdict]
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One policy's answers to the held-out prompts, in their order."""
+
+    rows: list[dict[str, Any]]  # of samples.jsonl: prompt, response, score (the reward model's), …
+    scores: list[float]  # the judge's, or the reward model's where the task has no judge
+    correct: list[bool] | None  # what the judge says; None without a judge
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """The record that a finished stage leaves in its output directory."""
+    return json.loads((directory / "run.json").read_text(encoding="utf-8"))
+
+
+def read_answers(samples: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of samples.jsonl by policy: "sft" (step 0), "best_of_8" (or of another number; may lack), "ppo" (last).
+
+    Raises:
+        ValueError: the file holds one evaluation only, or the policies were asked different prompts.
+    """
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    with open(samples, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            groups.setdefault((row["kind"], row["step"]), []).append(row)
+    last = max(step for _, step in groups)
+    answers = {SFT: groups[("policy", 0)]}
+    answers |= {kind: rows for (kind, _), rows in groups.items() if kind.startswith("best_of_")}
+    answers[PPO] = groups[("policy", last)]
+    prompts = [[row["prompt"] for row in rows] for rows in answers.values()]
+    if last == 0 or any(other != prompts[0] for other in prompts):
+        raise ValueError(f"{samples}: expected answers to the same prompts before and after training")
+    return answers
+
+
+def grade(rows: list[dict[str, Any]], judge: Judge | None) -> Graded:
+    if judge is None:
+        return Graded(rows, [row["score"] for row in rows], None)
+    verdicts = [judge(row["prompt"], row["response"]) for row in rows]
+    return Graded(rows, [verdict.score for verdict in verdicts], [verdict.correct for verdict in verdicts])
+
+
+def win_rate(scores: list[float], baseline: list[float]) -> dict[str, Any]:
+    """How often an answer scores above the baseline's to the same prompt; a tie counts half."""
+    wins = sum((a > b) + (a == b) / 2 for a, b in zip(scores, baseline, strict=True))
+    return _share(wins / len(scores), wilson_interval(wins, len(scores))) | {"num_prompts": len(scores)}
+
+
+def summarize(
+    graded: dict[str, Graded], reward_run: dict, ppo_run: dict, seconds: dict[str, float], peak_rss_gb: float
+) -> dict[str, Any]:
+    """The content of summary.json (DESIGN, section 6). "judge" only where there is one; without it the win rate goes
+    by the reward model, which PPO was trained to please, and says so."""
+    reward, ppo = reward_run["metrics"], ppo_run["metrics"]
+    accuracy = _share(reward["eval/accuracy"], (reward["eval/accuracy_low"], reward["eval/accuracy_high"]))
+    summary: dict[str, Any] = {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "reward_accuracy": accuracy | {"num_pairs": int(reward["eval/num_pairs"])},
+    }
+    judged = {
+        name: {"mean": round(_mean(policy.scores), 4), "correct": round(_mean(policy.correct), 4)}
+        for name, policy in graded.items()
+        if policy.correct is not None
+    }
+    by = {} if judged else {"by": "reward_model"}
+    return (
+        summary
+        | ({"judge": judged} if judged else {})
+        | {"win_rate": {"ppo_vs_sft": win_rate(graded[PPO].scores, graded[SFT].scores) | by}}
+        | {"kl_per_seq": round(ppo["eval/kl_per_seq"], 4), "peak_rss_gb": round(peak_rss_gb, 3)}
+    )
+
+
+def results_table(summary: dict[str, Any], graded: dict[str, Graded]) -> str:
+    """What a person reads at the end: the policies side by side, then the stages."""
+    has_judge = "judge" in summary
+    by_judge = ["judge", "correct"] if has_judge else []
+    header = ["held-out answers", *by_judge, "reward model", "better than SFT (95 %)"]
+    policies = []
+    for name, policy in graded.items():
+        cells = [f"{_mean(policy.scores):.2f}", f"{_mean(policy.correct):.0%}"] if policy.correct is not None else []
+        wins = "" if name == SFT else _interval(win_rate(policy.scores, graded[SFT].scores))
+        reward = f"{_mean([row['score'] for row in policy.rows]):+.2f}"
+        policies.append([LABELS.get(name, f"{name.replace('_', ' ')} by the reward model"), *cells, reward, wins])
+    accuracy = summary["reward_accuracy"]
+    run = [
+        [f"reward model: accuracy on {accuracy['num_pairs']} held-out pairs (95 %)", _interval(accuracy)],
+        ["PPO: KL to SFT, in nats a sequence", f"{summary['kl_per_seq']:.2f}"],
+        *([f"{LABELS.get(name, name)}: seconds", f"{value:.0f}"] for name, value in summary["seconds"].items()),
+        ["peak memory of one process, in GB", f"{summary['peak_rss_gb']:.1f}"],
+    ]
+    by = "" if has_judge else "\n(no judge for this task: better means a higher score of the reward model)"
+    return table(header, policies) + by + "\n\n" + table(["the run", ""], run)
+
+
+def before_and_after(graded: dict[str, Graded], count: int = 5) -> str:
+    """The first held-out prompts with what the policy answered before PPO and after it, each with its score."""
+    lines = [f"The first {min(count, len(graded[SFT].rows))} held-out prompts (not the best), before and after PPO:"]
+    for i, row in enumerate(graded[SFT].rows[:count]):
+        lines += ["", short(row["prompt"])]
+        for name in (SFT, PPO):
+            lines.append(f"  {LABELS[name]} [{graded[name].scores[i]:+.2f}] {short(graded[name].rows[i]['response'])}")
+    return "\n".join(lines)
+
+
+def _mean(values: list[Any]) -> float:
+    return sum(values) / len(values)
+
+
+def _share(value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    return {"value": round(value, 4), "ci95": [round(end, 4) for end in interval]}
+
+
+def _interval(share: dict[str, Any]) -> str:
+    return f"{share['value']:.2f} ({share['ci95'][0]:.2f} to {share['ci95'][1]:.2f})"

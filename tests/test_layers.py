@@ -1,0 +1,87 @@
+"""Imports point one way (CONTRIBUTING.md)."""
+
+import ast
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+import pytest
+
+BASE = {"dschat", "dschat.errors", "dschat.config"}
+# room -> the rooms of this project that it may import
+ALLOWED = {
+    "dschat.functional": set(),
+    "dschat.report": BASE,
+    "dschat.data": BASE | {"dschat.functional"},
+    "dschat.engine": BASE | {"dschat.functional"},
+    "dschat.models": BASE | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.report", "dschat.flags"},
+    "dschat.flags": BASE | {"dschat.data", "dschat.engine"},
+    "dschat.rlhf": BASE | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.models", "dschat.report"},
+    "dschat": set(),
+    "dschat.errors": set(),
+    "dschat.config": {"dschat.errors"},
+}
+LIBRARY = set(ALLOWED)
+PROGRAMS = ("training", "inference", "chat", "e2e_rlhf")
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = sorted((ROOT / "dschat").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
+def test_the_library_imports_downwards_only(path):
+    own = room(module_name(path))
+    assert own in ALLOWED, f"{own} is a room without a place in the layers"
+    for name in imports(path):
+        if name.split(".")[0] == "dschat":
+            assert room(name) == own or room(name) in ALLOWED[own], f"{path} imports {name}"
+        assert name.split(".")[0] not in PROGRAMS, f"{path} imports a program: {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dschat" / "functional").glob("*.py")), ids=lambda path: path.name)
+def test_the_mathematics_imports_torch_only(path):
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top in ("torch", "dschat") or top in sys.stdlib_module_names, f"{path} imports {name}"
+
+
+def test_programs_do_not_import_each_other():
+    programs = [p for folder in ("training", "inference") for p in (ROOT / folder).rglob("*.py")]
+    assert len(programs) >= 4
+    for path in programs:
+        for name in imports(path):
+            top = name.split(".")[0]
+            own = path.relative_to(ROOT).parts[0]
+            assert top not in PROGRAMS or top == own == "inference", f"{path} imports {name}"
+
+
+def test_only_the_engine_knows_deepspeed_and_torch_distributed():
+    for path in FILES:
+        if room(module_name(path)) == "dschat.engine":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("deepspeed", "torch.distributed")):
+                raise AssertionError(f"{path} imports from {node.module}")
+        assert "torch.distributed" not in imports(path), path
