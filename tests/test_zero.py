@@ -1,0 +1,96 @@
+"""The number of ranks and the ZeRO stage do not change a run: steps 1, 2 and 3 agree with ZeRO 0 on one rank."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.programs import run
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+def launch(world_size: int, argv: list[str]) -> None:
+    """The driver on ``world_size`` ranks, a fresh port each time; fails with the output of a failing rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.zero_driver", *argv]
+        processes.append(
+            subprocess.Popen(
+                command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(model_dirs, data_file, cache_dir, tmp_path_factory):
+    root = tmp_path_factory.mktemp("zero")
+    base = model_dirs("llama")
+    reward = run("reward", data_file, cache_dir, root / "base-reward", model_name_or_path=base)
+    results = {}
+    for world_size in (1, 2):
+        launch(world_size, [base, reward, data_file, cache_dir, str(root), "0,1,2,3"])
+        found = json.loads((root / f"ranks{world_size}.json").read_text())
+        results |= {(int(stage), world_size): stages for stage, stages in found.items()}
+    return root, results
+
+
+CASES = [(stage, world_size) for world_size in (1, 2) for stage in (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize(("stage", "world_size"), CASES[1:])
+def test_losses_agree_with_zero_0_on_one_rank(runs, stage, world_size):
+    _, results = runs
+    compared = 0
+    for name, expected in results[0, 1].items():
+        found = results[stage, world_size][name]
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.keys() == other.keys()
+            for key in other:
+                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), (name, key)
+                compared += 1
+    assert compared >= 28
+
+
+def test_the_losses_move(runs):
+    """Equal losses prove nothing if nothing is trained."""
+    _, results = runs
+    for name in ("sft", "reward"):
+        losses = [line["loss"] for line in results[0, 1][name] if "loss" in line]
+        assert len(losses) == 3 and max(losses) - min(losses) > 1e-2
+    norms = [line["policy/grad_norm"] for line in results[0, 1]["ppo"] if "policy/grad_norm" in line]
+    assert len(norms) == 3 and min(norms) > 0
+
+
+@pytest.mark.parametrize(("stage", "world_size"), CASES)
+def test_saved_models_agree_and_load_with_plain_transformers(runs, stage, world_size):
+    root, _ = runs
+    for folder, auto in (
+        ("sft", AutoModelForCausalLM),
+        ("reward", AutoModelForSequenceClassification),
+        ("ppo/actor", AutoModelForCausalLM),
+        ("ppo/critic", AutoModelForSequenceClassification),
+    ):
+        reference = auto.from_pretrained(Path(root) / "zero0-ranks1" / folder).state_dict()
+        model, info = auto.from_pretrained(Path(root) / f"zero{stage}-ranks{world_size}" / folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        for name, value in model.state_dict().items():
+            assert torch.allclose(value, reference[name], atol=2e-3), (folder, name)

@@ -1,0 +1,57 @@
+"""Runs steps 1, 2 and 3 at every ZeRO stage in one process per rank, and writes each run's losses as JSON.
+
+    RANK=0 WORLD_SIZE=1 python -m tests.zero_driver <sft dir> <reward dir> <data> <cache> <output> <stages>
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from dschat.engine.distributed import init_runtime
+from tests.programs import run
+
+
+def losses(directory: str) -> list[dict]:
+    names = ("loss", "policy/loss", "critic/loss", "grad_norm", "policy/grad_norm", "critic/grad_norm")
+    names += ("eval/perplexity", "eval/accuracy", "eval/margin", "eval/score_mean", "objective/kl_per_seq")
+    lines = [json.loads(line) for line in open(Path(directory) / "metrics.jsonl", encoding="utf-8")]
+    return [{name: line[name] for name in names if name in line} for line in lines]
+
+
+def main() -> None:
+    base, reward, data, cache, root, stages = sys.argv[1:]
+    runtime = init_runtime(0)
+    world = runtime.world_size
+    result = {}
+    for stage in map(int, stages.split(",")):
+        out = Path(root) / f"zero{stage}-ranks{world}"
+        # The global batch is the same on any number of ranks, and every step has a ragged last micro-batch.
+        common = {"max_steps": 3}
+        sizes = {"per_device_train_batch_size": 6 // world, "gradient_accumulation_steps": 2}
+        sft = run("sft", data, cache, out / "sft", model_name_or_path=base, zero_stage=stage, **sizes, **common)
+        rm = run("reward", data, cache, out / "reward", model_name_or_path=base, zero_stage=stage, **sizes, **common)
+        ppo = run(
+            "ppo",
+            data,
+            cache,
+            out / "ppo",
+            actor_model_name_or_path=base,
+            critic_model_name_or_path=reward,
+            actor_zero_stage=stage,
+            critic_zero_stage=stage,
+            per_device_generation_batch_size=8 // world,
+            per_device_training_batch_size=2 // world,
+            gradient_accumulation_steps=2,
+            ppo_epochs=2,
+            actor_learning_rate=1e-3,
+            critic_learning_rate=1e-3,
+            **common,
+        )
+        if runtime.is_main:
+            result[str(stage)] = {"sft": losses(sft), "reward": losses(rm), "ppo": losses(ppo)}
+    if runtime.is_main:
+        (Path(root) / f"ranks{world}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Step 1: supervised fine-tuning. The model learns to answer as the demonstrations do.
+
+    python training/step1_supervised_finetuning/main.py --model_name_or_path toy --data_path toy \\
+        --output_dir output/sft
+
+Several ranks: the same after `deepspeed` or `torchrun`. The loss is on answer tokens only, the end token included, and
+is the mean over the tokens of the whole optimizer step: neither micro-batches, accumulation nor ranks change it.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+from dschat.config import flag, parse_config, to_dict
+from dschat.data.loader import collate_sft, epoch_batches
+from dschat.data.prepare import load_rows, training_batches
+from dschat.data.show import show_batch
+from dschat.data.tokenizer import load_tokenizer
+from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
+from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first, resolve_dtype
+from dschat.errors import run_program
+from dschat.flags import REMOVED, SupervisedFlags, require_not_negative
+from dschat.functional import sft_loss
+from dschat.models.forward import model_inputs
+from dschat.models.load import POLICY, check_context, load_causal_lm, save_model
+from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
+from dschat.report.progress import Console
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class Config(SupervisedFlags):
+    prompt_loss_weight: float = flag(0.0, "weight of prompt tokens in the loss; an answer token weighs 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "prompt_loss_weight")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
+    start = time.time()
+    runtime = init_runtime(config.seed)
+    dtype = resolve_dtype(config.dtype, runtime.device)
+    console = Console(runtime.is_main)
+    prepare_output_dir(config.output_dir)
+
+    # Data
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    with main_process_first(runtime):
+        data = load_rows(config.data_spec(config.seed), "sft", tokenizer, config.max_seq_len)
+    console.print(data.summary("dialogues"))
+    train_batches = training_batches(
+        len(data.train),
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        *runtime.place,
+        config.seed,
+        config.num_train_epochs,
+        config.max_steps,
+    )
+    eval_batches = epoch_batches(
+        len(data.eval), config.per_device_eval_batch_size, 1, *runtime.place, seed=0, epoch=0, shuffle=False
+    )
+
+    def collate(rows, micro_batch) -> Batch:
+        batch = collate_sft([rows[i] for i in micro_batch.indices], micro_batch.num_real, tokenizer.pad_token_id)
+        return {name: tensor.to(runtime.device) for name, tensor in batch.items()}
+
+    if config.show_batch:
+        batch = collate(data.train, train_batches[0][0])
+        console.print(show_batch(tokenizer, batch["input_ids"], batch["attention_mask"], batch["loss_mask"]))
+
+    # Model
+    model = load_causal_lm(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    check_context(model.config, config.max_seq_len, "--max_seq_len")
+    engine = create_train_engine(model, config.train_spec(len(train_batches)), dtype=dtype, runtime=runtime)
+
+    # Train
+    metrics = MetricsWriter(config.output_dir, "sft", runtime.is_main)
+
+    def evaluate_and_log(step: int) -> None:
+        batches = (collate(data.eval, micro_batch) for (micro_batch,) in eval_batches)
+        values = evaluate(engine, model, console.track(batches, len(eval_batches), "evaluate"), runtime)
+        metrics.log(step, values)
+        console.print(f"step {step}: perplexity {values['eval/perplexity']:.2f} on held-out answers")
+
+    evaluate_and_log(0)
+    with console.bar(len(train_batches), "sft") as bar:
+        for step, micro_batches in enumerate(train_batches, 1):
+            step_start = time.time()
+            batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
+            loss, num_tokens = train_step(engine, model, batches, config.prompt_loss_weight, runtime)
+            if step % config.log_interval == 0 or step == len(train_batches):
+                line = {"loss": loss, "lr": learning_rate(engine), "grad_norm": grad_norm(engine)}
+                metrics.log(step, line | {"perf/tokens_per_s": num_tokens / (time.time() - step_start)})
+            bar.set_postfix_str(f", loss {loss:.3f}", refresh=False)
+            bar.update()
+            if step == len(train_batches) or (config.eval_interval and step % config.eval_interval == 0):
+                evaluate_and_log(step)
+
+    # Save
+    save_weights(engine, lambda whole: save_model(whole, tokenizer, config.output_dir), runtime)
+    if runtime.is_main:
+        write_run_json(
+            config.output_dir,
+            role=POLICY,
+            config=to_dict(config),
+            data=data.record(),
+            metrics=metrics.last,
+            seconds=time.time() - start,
+        )
+    metrics.close()
+    console.print(f"saved to {config.output_dir}")
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine,
+    model: PreTrainedModel,
+    batches: list[Batch],
+    prompt_loss_weight: float,
+    runtime: Runtime,
+) -> tuple[float, float]:
+    """One optimizer step over this rank's micro-batches; the loss and the number of tokens seen, over all ranks."""
+    engine.train()
+    trained = [trained_tokens(batch, prompt_loss_weight) for batch in batches]
+    counts = [torch.stack([w.sum(), b["attention_mask"].sum()]) for b, (_, w) in zip(batches, trained, strict=True)]
+    denominator, num_tokens = all_reduce_sum(torch.stack(counts).sum(0), runtime).tolist()
+    losses = []
+    for batch, (mask, weights) in zip(batches, trained, strict=True):
+        logits = engine(**model_inputs(model, batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
+        loss, _ = sft_loss(logits, batch["input_ids"], mask, weights=weights, denominator=denominator)
+        backward(engine, loss)
+        losses.append(loss.detach())
+    total = all_reduce_sum(torch.stack(losses).sum(), runtime).item()
+    if not math.isfinite(total):
+        raise RuntimeError(f"the loss is {total}; lower --learning_rate, or use --dtype bf16 or fp32")
+    engine.step()
+    return total, num_tokens
+
+
+def trained_tokens(batch: Batch, prompt_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) bool, (B, T) float32: which tokens are in the loss, and their weights. A filler row has none."""
+    answer = batch["loss_mask"]
+    if prompt_loss_weight == 0:
+        return answer, answer.float()
+    mask = batch["attention_mask"] & answer.any(dim=1, keepdim=True)
+    mask[:, 0] = False  # nothing predicts the first token
+    return mask, torch.where(answer, 1.0, prompt_loss_weight) * mask
+
+
+@torch.no_grad()
+def evaluate(engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, batches, runtime: Runtime) -> dict[str, float]:
+    """Loss and perplexity over the answer tokens of the whole held-out set."""
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for batch in batches:
+        logits = engine(**model_inputs(model, batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
+        _, stats = sft_loss(logits, batch["input_ids"], batch["loss_mask"])
+        total += torch.stack([stats["loss_sum"], stats["num_tokens"]])
+    loss_sum, num_tokens = all_reduce_sum(total, runtime).tolist()
+    loss = loss_sum / num_tokens
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+
+if __name__ == "__main__":
+    run_program(main)
