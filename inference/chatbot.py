@@ -1,0 +1,234 @@
+"""A policy that answers: model, template, history trimmed to the context, reply streamed as it is sampled."""
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dschat.data.records import Message
+from dschat.data.templates import encode_prompt
+from dschat.data.tokenizer import load_tokenizer
+from dschat.errors import UserError
+from dschat.models.load import load_causal_lm, max_positions
+from dschat.rlhf.rollout import Sampling, banned_token_ids, decode
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+
+
+class Chatbot:
+    """Replies to message lists; keeps no history. The n-th reply depends on the seed, on n and on the messages.
+
+    Raises:
+        UserError: the model's context has no room for a prompt beside ``sampling.max_new_tokens``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
+    ):
+        banned = banned_token_ids(tokenizer, model.get_input_embeddings().num_embeddings)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.sampling = dataclasses.replace(sampling, banned_ids=banned)
+        self.prompt_budget = (max_positions(model.config) or math.inf) - sampling.max_new_tokens
+        if self.prompt_budget < 1:
+            raise UserError(
+                f"--max_new_tokens {sampling.max_new_tokens} leaves no room for a message: the model has "
+                f"{max_positions(model.config)} positions in all; give a smaller number"
+            )
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed % 2**63)
+
+    def reply(self, messages: Sequence[Message]) -> "Reply":
+        """The answer to the last message, a user's, of a dialogue that may begin with a system message.
+
+        Raises:
+            UserError: the last message does not fit the context, or the template cannot render the dialogue.
+        """
+        ids, num_dropped = trim_history(self.tokenizer, messages, self.prompt_budget)
+        device = self.model.device
+        input_ids = torch.tensor([ids], device=device)
+        uniforms = torch.rand(1, self.sampling.max_new_tokens, generator=self._generator).to(device)
+        eos = self.tokenizer.eos_token_id
+        steps = decode(self.model, input_ids, torch.ones_like(input_ids), self.sampling, uniforms, eos)
+        return Reply((int(tokens) for _, tokens, _ in steps), self.tokenizer, num_dropped)
+
+
+class Reply:
+    """Iterate once for the pieces of text. ``text`` is what was said so far; ``finished``: ended by itself, with EOS.
+
+    ``num_dropped`` is the number of oldest turns that the model did not see because they no longer fit.
+    """
+
+    def __init__(self, token_ids: Iterator[int], tokenizer: PreTrainedTokenizerBase, num_dropped: int = 0):
+        self.num_dropped = num_dropped
+        self.finished = False
+        self.text = ""
+        self._pieces = self._read(token_ids, tokenizer)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _read(self, token_ids: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+        stream = TextStream(tokenizer)
+        for token_id in token_ids:
+            if token_id == tokenizer.eos_token_id:
+                self.finished = True
+                break
+            yield from self._say(stream.push(token_id))
+        yield from self._say(stream.flush())
+
+    def _say(self, piece: str) -> Iterator[str]:
+        if piece:
+            self.text += piece
+            yield piece
+
+
+class TextStream:
+    """Token ids in, stable text out: the pieces joined are the decoded text of all ids, stripped at both ends.
+
+    A character whose bytes are spread over several tokens comes out once it is whole, white space once something
+    follows it. Only the ids since the last piece but one are decoded again: the ones in front let a tokenizer that
+    drops a leading space see that this is not the beginning.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # already out
+        self._waiting: list[int] = []
+        self._started = False
+        self._space = ""
+
+    def push(self, token_id: int) -> str:
+        self._waiting.append(token_id)
+        new = self._new_text()
+        if not new or new.endswith(UNFINISHED):
+            return ""
+        self._context, self._waiting = self._waiting, []
+        return self._without_outer_space(new)
+
+    def flush(self) -> str:
+        """What still waits, be it half a character."""
+        return self._without_outer_space(self._new_text()) if self._waiting else ""
+
+    def _new_text(self) -> str:
+        return self._decode(self._context + self._waiting)[len(self._decode(self._context)) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _without_outer_space(self, text: str) -> str:
+        text = self._space + text if self._started else text.lstrip()
+        piece = text.rstrip()
+        self._space = text[len(piece) :]
+        self._started = self._started or bool(piece)
+        return piece
+
+
+def trim_history(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], budget: float
+) -> tuple[list[int], int]:
+    """(prompt ids, turns dropped): the newest whole turns whose prompt has at most ``budget`` tokens.
+
+    A turn is a user message and what follows it. The system message and the last turn always stay.
+
+    Raises:
+        UserError: these two alone do not fit, or the template cannot render the dialogue.
+    """
+    system = list(messages[:1]) if messages[0]["role"] == "system" else []
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+
+    @functools.cache
+    def newest(num_turns: int) -> list[int]:
+        return encode_prompt(tokenizer, [*system, *messages[starts[-num_turns] :]])
+
+    def length(num_turns: int) -> int:
+        return len(newest(num_turns))
+
+    # From the newest turn on, so that a turn costs the same however much has been said before the context.
+    bound = 1
+    while bound < len(starts) and length(bound) <= budget:
+        bound = min(2 * bound, len(starts))
+    num_kept = bisect.bisect_right(range(1, bound + 1), budget, key=length)
+    if not num_kept:
+        raise UserError(
+            f"the message takes {length(1)} tokens (with template and system prompt) and the model has room for "
+            f"{budget} beside the answer; shorten it or lower --max_new_tokens"
+        )
+    return newest(num_kept), len(starts) - num_kept
+
+
+def load_chatbot(
+    path: str,
+    sampling: Sampling,
+    *,
+    seed: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    chat_template: str = "auto",
+) -> Chatbot:
+    """From a policy directory or a hub name, with the chat template that is stored with the model.
+
+    Raises:
+        UserError: no such directory, not a language model, a device that is not there.
+    """
+    _check_path(path)
+    where = resolve_device(device)
+    tokenizer = load_tokenizer(path, chat_template)
+    model = load_causal_lm(path, tokenizer, dtype=resolve_dtype(dtype, where))
+    return Chatbot(model.to(where), tokenizer, sampling, seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``: the GPU when there is one.
+
+    Raises:
+        UserError: not auto, cpu, cuda or cuda:N, or no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (index.isdecimal() or name == "cuda")):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The rule of training, without its import of DeepSpeed, which takes seconds and writes to stdout.
+
+    Raises:
+        UserError: fp16 on a CPU, which lacks kernels for it.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--dtype fp16 needs a GPU; use --dtype bf16 or fp32 on a CPU")
+    return DTYPES[name]
+
+
+def _check_path(path: str) -> None:
+    """Name the mistakes with local paths, which a hub look-up would report as something else."""
+    where = Path(path)
+    if path == "toy":
+        raise UserError("--path toy: the embedded model has no trained weights; train it with python e2e_rlhf.py")
+    if where.is_dir():
+        if not (where / "config.json").is_file():
+            inside = sorted(str(file.parent) for file in where.glob("*/config.json"))
+            hint = f"did you mean {' or '.join(inside)}?" if inside else "give a Hugging Face model directory"
+            raise UserError(f"--path {path} holds no config.json; {hint}")
+    elif where.exists():
+        raise UserError(f"--path {path} is a file; give the model's directory")
+    elif where.is_absolute() or len(where.parts) > 2 or path.startswith("."):
+        raise UserError(f"--path {path}: no such directory")

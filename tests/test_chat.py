@@ -1,0 +1,298 @@
+import importlib
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+from dschat.config import parse_config
+from dschat.data.records import to_example
+from dschat.data.templates import encode_dialogue, encode_prompt
+from dschat.data.tokenizer import train_tokenizer
+from dschat.errors import UserError
+from dschat.models.load import save_model
+from dschat.rlhf.rollout import Sampling, generate
+from inference.chatbot import Chatbot, Reply, TextStream, load_chatbot, resolve_device, resolve_dtype, trim_history
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+PROGRAM = Path(__file__).resolve().parents[1] / "chat.py"
+sys.path.insert(0, str(PROGRAM.parent))  # chat.py is a program, not part of an installed package
+chat = importlib.import_module("chat")
+
+TEXTS = ["\n\nHuman: the quick brown fox\n\nAssistant: jumps over", "naïve café, 日本語", "a fox and a fox"] * 4
+HELLO = [{"role": "user", "content": "the quick fox"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 320)
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes))
+
+
+def bloom(tokenizer, always=None):
+    """``always``: a model that says this one token, because its last layer norm puts out the token's embedding."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2))
+    if always is not None:
+        torch.nn.init.zeros_(model.transformer.ln_f.weight)
+        model.transformer.ln_f.bias.data = 1e4 * model.transformer.word_embeddings.weight[always].detach()
+    return model
+
+
+@pytest.fixture(scope="module")
+def fox_directory(tokenizer, tmp_path_factory):
+    """A policy that says " fox" for ever, saved as the programs save it."""
+    path = tmp_path_factory.mktemp("run") / "actor"
+    save_model(bloom(tokenizer, tokenizer(" fox")["input_ids"][0]), tokenizer, str(path))
+    (path / "run.json").write_text('{"role": "policy"}')
+    return path
+
+
+def dialogue(num_turns, system=""):
+    messages = [{"role": "system", "content": system}] if system else []
+    for number in range(num_turns - 1):
+        messages += [{"role": "user", "content": f"fox {number}"}, {"role": "assistant", "content": f"a fox {number}"}]
+    return [*messages, {"role": "user", "content": "the last fox"}]
+
+
+def run(*flags, stdin="", cwd=None):
+    command = [sys.executable, str(PROGRAM), *map(str, flags)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("llama", 1), ("bloom", 2), ("bloom", 3)])
+def test_the_streamed_text_is_the_text_of_the_whole_response(tokenizer, llama, family, seed):
+    model = llama if family == "llama" else bloom(tokenizer)
+    bot = Chatbot(model, tokenizer, Sampling(100), seed=seed)
+    pieces = list(bot.reply(HELLO))
+    prompt = torch.tensor([encode_prompt(tokenizer, HELLO)])
+    uniforms = torch.rand(1, 100, generator=torch.Generator().manual_seed(seed))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    whole = generate(model, prompt, torch.ones_like(prompt), bot.sampling, uniforms, **ends)
+    text = tokenizer.decode(whole.response_ids[0], skip_special_tokens=True).strip()
+    assert "".join(pieces) == text and len(pieces) > 10
+
+
+def sentencepiece_like():
+    """Bytes as tokens of their own and a leading space that only the beginning of a text loses, as Llama 2 has it."""
+    vocab = {"<unk>": 0, "</s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    vocab |= {piece: 300 + number for number, piece in enumerate(["▁", "▁a", "▁fox", "a", "é", "▁▁"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_characters_split_over_tokens_come_out_whole(tokenizer, kind):
+    if kind == "byte level":
+        ids = tokenizer(" \n naïve 日本語 🙂🙂  café é \n")["input_ids"]
+    else:
+        tokenizer = sentencepiece_like()
+        ids = [300, 302, *(2 + byte for byte in "日本🙂é".encode()), 300, 301, 304, 305, 302, 300]
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in ids] + [stream.flush()]
+    assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
+    assert "🙂" in "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
+    assert sum(map(bool, pieces)) >= 6
+
+
+def test_the_same_seed_gives_the_same_replies_and_each_reply_is_new(tokenizer, llama):
+    def talk(seed):
+        bot = Chatbot(llama, tokenizer, Sampling(20), seed=seed)
+        return ["".join(bot.reply(HELLO)) for _ in range(2)]
+
+    assert talk(7) == talk(7)
+    assert talk(7)[0] != talk(7)[1] and talk(7) != talk(8) and talk(None) != talk(None)
+
+
+def test_the_reply_ends_at_eos_and_says_whether_it_did(tokenizer):
+    ended = Chatbot(bloom(tokenizer, tokenizer.eos_token_id), tokenizer, Sampling(5)).reply(HELLO)
+    assert list(ended) == [] and ended.finished
+    cut = Chatbot(bloom(tokenizer, tokenizer(" fox")["input_ids"][0]), tokenizer, Sampling(5)).reply(HELLO)
+    assert list(cut) == ["fox", *[" fox"] * 4] and not cut.finished and cut.text == "fox fox fox fox fox"
+
+
+def test_tokens_without_text_cannot_be_drawn(tokenizer):
+    model = bloom(tokenizer)
+    model.resize_token_embeddings(len(tokenizer) + 1)
+    assert Chatbot(model, tokenizer, Sampling(5)).sampling.banned_ids == (tokenizer.pad_token_id, len(tokenizer))
+
+
+@pytest.mark.parametrize("system", ["", "be a fox"])
+def test_history_loses_whole_turns_from_the_oldest_and_no_more_than_needed(tokenizer, system):
+    messages = dialogue(30, system)
+    head = messages[: bool(system)]
+    lengths = {kept: len(encode_prompt(tokenizer, [*head, *messages[-2 * kept + 1 :]])) for kept in range(1, 31)}
+    for kept in (1, 2, 3, 8, 17, 29):
+        for budget in (lengths[kept], lengths[kept + 1] - 1):
+            ids, num_dropped = trim_history(tokenizer, messages, budget)
+            assert num_dropped == 30 - kept
+            assert ids == encode_prompt(tokenizer, [*head, *messages[-2 * kept + 1 :]])
+    assert trim_history(tokenizer, messages, lengths[30])[1] == 0
+
+
+def test_the_prompt_is_what_training_put_in_front_of_the_answer(tokenizer):
+    messages = dialogue(3, "be a fox")
+    ids, _ = trim_history(tokenizer, messages, 10**6)
+    learned, mask = encode_dialogue(tokenizer, [*messages, {"role": "assistant", "content": "yes"}])
+    assert ids == learned[: len(ids)] and all(mask[len(ids) :])
+
+
+def test_a_chat_of_200_turns_never_leaves_the_context(tokenizer, llama, capsys):
+    bot = Chatbot(llama, tokenizer, Sampling(16), seed=0)
+    lengths = []
+    spy = lambda _, __, given: lengths.append(given["attention_mask"].shape[1])  # noqa: E731
+    session = chat.Session(bot, "be a fox")
+    session.turns = [(f"fox {number}", "the quick brown fox " * 3) for number in range(199)]
+    with llama.register_forward_pre_hook(spy, with_kwargs=True):
+        assert session.handle("the last fox")
+    assert 256 - 60 < max(lengths) <= 256
+    assert len(session.turns) == 200 and session.turns[-1][1]
+    assert "oldest turns left out because the context is full: 19" in capsys.readouterr().err
+
+
+def test_a_message_beyond_the_context_is_refused_and_the_chat_goes_on(tokenizer, llama, capsys):
+    session = chat.Session(Chatbot(llama, tokenizer, Sampling(16), seed=0))
+    assert session.handle("fox " * 300) and session.turns == [] and session.num_refused == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: the message takes ") and "room for 240 beside the answer" in err
+    assert session.handle("fox") and len(session.turns) == 1
+    with pytest.raises(UserError, match="--max_new_tokens 256 leaves no room"):
+        Chatbot(llama, tokenizer, Sampling(256))
+
+
+class Parrot:
+    """A bot that repeats what it is given and may be interrupted after so many tokens."""
+
+    def __init__(self, tokenizer, stop_after=None):
+        self.tokenizer, self.stop_after, self.seen, self.sampling = tokenizer, stop_after, [], Sampling(8)
+
+    def reply(self, messages):
+        self.seen.append(messages)
+        return Reply(self.tokens(messages[-1]["content"]), self.tokenizer)
+
+    def tokens(self, text):
+        for number, token in enumerate([*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]):
+            if number == self.stop_after:
+                raise KeyboardInterrupt
+            yield token
+
+
+def test_the_commands_shape_what_the_model_sees(tokenizer, capsys):
+    bot = Parrot(tokenizer)
+    session = chat.Session(bot)
+    for line in ["a\n", "/system s\n", " /b\n", "\n", "/regen\n", "/clear\n", "/regen\n", "c\n", "/system\n", "d\n"]:
+        assert session.handle(line)
+    a, b, c = ([{"role": role, "content": text} for role in ("user", "assistant")] for text in ("a", "/b", "c"))
+    s = [{"role": "system", "content": "s"}]
+    assert bot.seen == [a[:1], s + a + b[:1], s + a + b[:1], s + c[:1], [*c, {"role": "user", "content": "d"}]]
+    assert capsys.readouterr().out == "a\n/b\n/b\nc\nd\n"
+    assert not session.handle("/quit\n")
+
+
+def test_what_is_saved_is_a_record_for_training_and_no_file_of_others_is_touched(tokenizer, tmp_path, capsys):
+    session, file = chat.Session(Parrot(tokenizer), "être"), tmp_path / "a b.json"
+    session.handle(f"/save {file}")
+    assert not file.exists() and "nothing to save" in capsys.readouterr().err
+    for line in ["un", f"/save {file}", "deux", f"/save {file}"]:
+        session.handle(line)
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert [m["content"] for m in record["messages"]] == ["être", "un", "un", "deux", "deux"]
+    assert to_example(record)["responses"] == ["deux"] and len(file.read_text(encoding="utf-8").splitlines()) == 1
+    (other := tmp_path / "other.json").write_text("mine")
+    for line in (f"/save {other}", "/save", f"/save {tmp_path}/no/where.json"):
+        session.handle(line)
+    err = capsys.readouterr().err
+    assert other.read_text() == "mine" and "exists" in err and "give a file name" in err and "No such file" in err
+
+
+def test_an_interrupted_answer_keeps_what_was_said(tokenizer):
+    session = chat.Session(Parrot(tokenizer, stop_after=2), interactive=True)
+    session.handle("the quick brown fox")
+    assert session.turns == [("the quick brown fox", "the quick")]
+    session.bot = silent = Parrot(tokenizer, stop_after=0)
+    assert session.handle("a") and session.handle("b")
+    assert [m["content"] for m in silent.seen[-1]] == ["the quick brown fox", "the quick", "b"]  # no empty answer
+    with pytest.raises(KeyboardInterrupt):  # without a terminal there is no second prompt: the program ends
+        chat.Session(silent).handle("a")
+
+
+def test_through_a_pipe_answers_alone_are_on_stdout(fox_directory, tmp_path):
+    lines = "Hi\n\n/nope\nfox fox fox\n/regen\n/save s.json\n/quit\nHi\n"
+    done = run("--path", fox_directory, "--max_new_tokens", "3", "--system", "be a fox", stdin=lines, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "fox fox fox\n" * 3)
+    assert done.stderr.count("cut off after 3 tokens") == 3 and "unknown command /nope" in done.stderr
+    assert len(done.stderr.splitlines()) == 5  # and nothing from the libraries
+    saved = json.loads((tmp_path / "s.json").read_text())["messages"]
+    assert [m["role"] for m in saved] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(fox_directory):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, str(PROGRAM), f"--path={fox_directory}", "--max_new_tokens=99999"])
+    seen = ""
+    for awaited, keys in [("you> ", b"Hi\n"), ("fox fox", b"\x03"), ("stopped", b""), ("you> ", b"\x04")]:
+        while awaited not in seen:
+            assert select.select([terminal], [], [], 60)[0], f"no {awaited!r} in {seen[-500:]!r}"
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        seen = seen.split(awaited, 1)[1]
+        os.write(terminal, keys)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    os.close(terminal)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tokenizer, llama, tmp_path):
+    done = run(stdin="Hi\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: missing --path; see --help\n")
+    save_model(llama, tokenizer, str(tmp_path))
+    (tmp_path / "run.json").write_text('{"role": "critic"}')
+    done = run("--path", tmp_path, stdin="Hi\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "is a reward model, not a language model" in done.stderr
+
+
+def test_a_wrong_place_is_named(fox_directory, tmp_path):
+    wrong = {fox_directory.parent: f"did you mean {fox_directory}", fox_directory / "config.json": "is a file"}
+    wrong |= {tmp_path: "holds no config.json", tmp_path / "x": "no such directory", "toy": "no trained weights"}
+    for path, expected in wrong.items():
+        with pytest.raises(UserError, match=expected):
+            load_chatbot(str(path), Sampling(5))
+    for device in ("tpu", "cuda:x", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {device}"):
+            resolve_device(device)
+    with pytest.raises(UserError, match="needs a GPU"):
+        resolve_dtype("fp16", torch.device("cpu"))
+
+
+def test_every_flag_reaches_the_model(fox_directory, monkeypatch):
+    assert load_chatbot(str(fox_directory), Sampling(5), dtype="bf16").model.dtype == torch.bfloat16
+    given = []
+    monkeypatch.setattr("inference.chatbot.load_chatbot", lambda *args, **options: given.append((args, options)))
+    flags = "--path p --max_new_tokens 7 --temperature 0.5 --top_k 3 --top_p 0.9"
+    options = {"seed": 5, "dtype": "bf16", "device": "cpu", "chat_template": "plain"}
+    flags += "".join(f" --{name} {value}" for name, value in options.items())
+    chat.open_chatbot(parse_config(chat.Config, flags.split()))
+    assert given == [(("p", Sampling(7, 0.5, 3, 0.9)), options)]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "max_new_tokens"])
+def test_bad_sampling_flags_are_named(name):
+    bad = {"temperature": "-1 nan inf 1e-9", "top_p": "0 1.1 nan", "top_k": "-1", "max_new_tokens": "0"}
+    for value in bad[name].split():
+        with pytest.raises(UserError, match=f"--{name} .*: expected"):
+            parse_config(chat.Config, ["--path", "x", f"--{name}", value])
