@@ -12,7 +12,7 @@ ROTARY = COMMON | {"num_key_value_heads": 2, "intermediate_size": 64, "max_posit
 FAMILIES = {
     "opt": (
         "OPTConfig",
-        COMMON | {"ffn_dim": 64, "max_position_embeddings": 256, "word_embed_proj_dim": 16, "do_layer_norm_before": True},
+        COMMON | {"ffn_dim": 64, "max_position_embeddings": 256, "word_embed_proj_dim": 16},
     ),
     "gpt2": ("GPT2Config", {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 256}),
     "gpt_neox": ("GPTNeoXConfig", COMMON | {"intermediate_size": 64, "max_position_embeddings": 256}),

@@ -48,8 +48,7 @@ def create_train_engine(
     config["gradient_clipping"] = spec.max_grad_norm if zero_stage else 0.0  # DeepSpeed's own default is 1.0
     if zero_stage == 0:
         _clip_in_optimizer(model, optimizer, spec.max_grad_norm)
-    with _buffers_kept(model):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
 
 
@@ -61,8 +60,7 @@ def create_frozen_model(
     model.requires_grad_(False)
     if zero_stage < 3:
         return model.to(device).eval()
-    with _buffers_kept(model):
-        engine, *_ = deepspeed.initialize(model=model, config=_config(3, dtype))
+    engine, *_ = deepspeed.initialize(model=model, config=_config(3, dtype))
     engine.eval()
     return engine
 
@@ -106,8 +104,10 @@ def whole_model(engine: deepspeed.DeepSpeedEngine | nn.Module, device: torch.dev
         module = unwrap(engine)
         was_training = module.training
         module.eval()
-        yield module
-        module.train(was_training)
+        try:
+            yield module
+        finally:
+            module.train(was_training)
         return
     copy = gather_copy(engine, device, on_this_rank=True)
     assert copy is not None
@@ -172,19 +172,6 @@ def _config(zero_stage: int, dtype: torch.dtype) -> dict[str, Any]:
     if dtype in ENGINE_KEY:
         config[ENGINE_KEY[dtype]] = {"enabled": True}
     return config
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed casts a whole module to half precision; rotary frequencies must stay in float32, as transformers loads
-    them, or every position is rotated by a rounded angle."""
-    owners = [(m, key, buffer) for m in model.modules() for key, buffer in m._buffers.items() if buffer is not None]
-    kept = [(m, key, buffer.clone()) for m, key, buffer in owners]
-    yield
-    for module, key, buffer in kept:
-        cast = module._buffers[key]
-        assert cast is not None
-        module._buffers[key] = buffer.to(cast.device)
 
 
 def _clip_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:

@@ -2,8 +2,8 @@
 
     python -m dschat.models.create --data_path train.jsonl --output_dir output/small
 
-The tokenizer is a byte-level BPE trained on the file's dialogues; the model is a Llama with random weights. The directory
-is an ordinary Hugging Face one; give it to step 1 as --model_name_or_path.
+The tokenizer is a byte-level BPE trained on the file's dialogues; the model is a Llama with random weights. The
+directory is an ordinary Hugging Face one; give it to step 1 as --model_name_or_path.
 """
 
 import os

@@ -8,6 +8,7 @@ from dschat.errors import UserError
 from dschat.models.scorer import Scorer, load_score_stats
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -106,9 +107,9 @@ def toy_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     """The embedded task's model: a Llama of 0.6 million parameters."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -174,7 +175,7 @@ def _from_pretrained(auto_class: type, path: str, config: PretrainedConfig, dtyp
         if "num_labels" in options and getattr(config, "num_labels", 1) != options["num_labels"]:
             config.num_labels = options["num_labels"]
         return auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {_line(error)}") from None
 
 

@@ -1,5 +1,6 @@
 """The reward model and the critic: a Hugging Face sequence classifier with one label, read at every position."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from dschat.errors import UserError
 from dschat.models.forward import model_inputs
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -62,8 +64,11 @@ def load_score_stats(directory: str) -> tuple[float, float]:
     path = Path(directory) / STATS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: train the reward model with step 2, or pass --no-normalize_reward")
-    stats = load_file(str(path))
-    mean, std = stats["mean"].item(), stats["std"].item()
-    if not std > 0:
-        raise UserError(f"{path}: the scores have no spread (std {std}); train the reward model again")
+    try:
+        stats = load_file(str(path))
+        mean, std = stats["mean"].item(), stats["std"].item()
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); train the reward model with step 2 again") from None
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise UserError(f"{path}: the scores have no spread (mean {mean}, std {std}); train the reward model again")
     return mean, std

@@ -114,11 +114,10 @@ def check_experience(experience: Experience, kl_coef: float, dtype: torch.dtype)
     drift = (experience.logprobs - experience.ref_logprobs).abs().max().item()
     if not drift <= limit:
         raise RuntimeError(f"self-check: actor and reference differ by {drift:.2e} nats before training")
-    extra = torch.where(mask, experience.rewards + kl_coef * experience.kl, torch.zeros_like(experience.rewards))
-    places = (extra.abs() > 1e-6).sum(1)
-    stray = (experience.rewards * ~mask).abs().sum().item()
-    if not (places <= 1).all() or stray:
-        raise RuntimeError("self-check: a score is not on exactly one action")
+    last = torch.nn.functional.one_hot(mask.sum(1) - 1, mask.shape[1]).bool()
+    score = experience.rewards + kl_coef * experience.kl
+    if (score[~last].abs() > 1e-6).any() or (experience.rewards[~mask] != 0).any():
+        raise RuntimeError("self-check: a score is not on the last action of its answer alone")
     if not torch.isfinite(experience.scores).all():
         raise RuntimeError("self-check: the reward model gave a score that is not finite")
 

@@ -1,0 +1,299 @@
+"""e2e_rlhf.py over stand-in stages, which leave the records of real ones in no time; the real ones at the end."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "e2e_rlhf.py"
+sys.path.insert(0, str(ROOT))  # a program, not part of an installed package
+e2e = importlib.import_module("e2e_rlhf")
+
+# A stage that notes its flags in calls.jsonl and leaves what report() reads; $FAKE says how it fails.
+FAKE_STAGE = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+step, flags = int(Path(sys.argv[1]).resolve().parent.name[4]), sys.argv[2:]
+names = {"OMP_WAIT_POLICY", "PYTHONPATH"}
+with open("calls.jsonl", "a") as calls:
+    calls.write(json.dumps([step, flags, {name: os.environ.get(name) for name in names}]) + "\\n")
+def values(name):
+    if name not in flags:
+        return []
+    start = len(flags) - flags[::-1].index(name)
+    end = next((i for i in range(start, len(flags)) if flags[i].startswith("--")), None)
+    return flags[start:end]
+failure, _, at = os.environ.get("FAKE", "").partition("@")
+if failure and step == int(at):
+    print("noise of a library", file=sys.stderr)
+    if failure in ("user", "crash"):
+        Path(os.environ["DSCHAT_ERROR_FILE"]).write_text("error: no disk" if failure == "user" else "Trace\\nboom")
+        print("launcher: rank 0 ended", file=sys.stderr)
+        sys.exit(5)
+    if failure == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if failure == "nothing":
+        sys.exit(0)
+    code = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    Path("pids").write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(60)
+time.sleep(0.1)
+output = Path(values("--output_dir")[0])
+output.mkdir(parents=True, exist_ok=True)
+metrics = {2: {"eval/accuracy": 0.75, "eval/accuracy_low": 0.30064, "eval/accuracy_high": 0.95441,
+               "eval/num_pairs": 4.0}, 3: {"eval/kl_per_seq": 3.125}}
+config = {name: values(f"--{name}") for name in ("data_path", "eval_data_path")}
+run = {"config": config, "metrics": metrics.get(step, {}), "seconds": 10.0 * step, "peak_rss_gb": 50.0 + step}
+(output / "run.json").write_text(json.dumps(run))
+if step == 3:
+    is_toy = (config["eval_data_path"] or config["data_path"]) == ["toy"]
+    asked = ["What is the capital of France?", "What colour is a lemon?"] if is_toy else ["a", "b"]
+    rows = [(0, "policy", "Paris.", 1), (0, "best_of_8", "Berlin.", 3), (2, "policy", "x", 9), (4, "policy", "?", 2)]
+    with open(output / "samples.jsonl", "w") as file:
+        for at, kind, response, score in rows:
+            for number, prompt in enumerate(asked):
+                row = {"step": at, "kind": kind, "prompt": prompt, "response": response}
+                row["score"] = score - 3 * number * at
+                file.write(json.dumps(row) + "\\n")
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs e2e_rlhf.py in a folder with a space in its name; ``fake`` is how and where a stand-in stage fails."""
+    (tmp_path / "fake.py").write_text(FAKE_STAGE)
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    launch = f"{Path(sys.executable)} {tmp_path / 'fake.py'}"
+
+    def call(*flags, fake="", wait=True):
+        env = {name: text for name, text in os.environ.items() if name not in ("OMP_WAIT_POLICY", "PYTHONPATH")}
+        env |= {"DSCHAT_LAUNCH": launch, "FAKE": fake}
+        options = {"cwd": folder, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # off in background jobs
+        process = subprocess.Popen([sys.executable, str(PROGRAM), *map(str, flags)], **options)
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(flags, process.returncode, out, err)
+
+    call.folder = folder
+    return call
+
+
+def calls(run):
+    lines = (run.folder / "calls.jsonl").read_text().splitlines()
+    return {step: (flags, env) for step, flags, env in map(json.loads, lines)}
+
+
+def value(flags, name):
+    """What a stage takes: the last of a flag given twice."""
+    return flags[len(flags) - flags[::-1].index(name)]
+
+
+def refusal(result):
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_without_flags_the_embedded_task_runs_through_all_stages(run):
+    result = run()
+    assert result.returncode == 0, result.stderr
+    paths = [str(Path("output", kind, "toy")) for kind in ("actor-models", "reward-models", "step3-models")]
+    sft, reward, ppo = (calls(run)[step][0] for step in (1, 2, 3))
+    assert value(sft, "--model_name_or_path") == "toy" and value(sft, "--output_dir") == paths[0]
+    assert value(reward, "--model_name_or_path") == paths[0] and value(reward, "--output_dir") == paths[1]
+    assert value(ppo, "--actor_model_name_or_path") == paths[0] and value(ppo, "--output_dir") == paths[2]
+    assert value(ppo, "--critic_model_name_or_path") == paths[1]
+    assert all(value(flags, "--data_path") == "toy" for flags in (sft, reward, ppo))
+    assert calls(run)[1][1] == {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    assert result.stdout.startswith(
+        f"[1/3] supervised fine-tuning: toy -> {paths[0]}\n[1/3] supervised fine-tuning done"
+    )
+    assert f"[3/3] PPO: {paths[0]} -> {paths[2]}\n" in result.stdout
+    assert result.stdout.endswith(
+        f"chat: python {os.path.relpath(ROOT / 'chat.py', run.folder)} --path {paths[2]}/actor\n"
+    )
+
+
+def test_summary_json_holds_exactly_what_was_agreed(run):
+    run()
+    summary = json.loads((run.folder / "output/summary.json").read_text())
+    seconds = summary.pop("seconds")
+    assert list(seconds) == ["sft", "reward", "ppo", "total"]
+    assert all(0.1 <= value < 10 for value in seconds.values()) and seconds["total"] >= 0.3
+    assert summary == {
+        "reward_accuracy": {"value": 0.75, "ci95": [0.3006, 0.9544], "num_pairs": 4},
+        # by the table of toy.judge: "Paris." is clear, right and crisp (1.5) for France, and no answer (-0.5) for the
+        # lemon; "Berlin." is clear, wrong and crisp (0.2), then no answer; "?" is no answer to either
+        "judge": {
+            "sft": {"mean": 0.5, "correct": 0.5},
+            "best_of_8": {"mean": -0.15, "correct": 0.0},
+            "ppo": {"mean": -0.5, "correct": 0.0},
+        },
+        # one loss, one tie: 0.5 of 2 is 0.25; Wilson: (0.25 + 0.9604 ± 1.96·sqrt(0.09375 + 0.24009)) / 2.9207
+        "win_rate": {"ppo_vs_sft": {"value": 0.25, "ci95": [0.0267, 0.8021], "num_prompts": 2}},
+        "kl_per_seq": 3.125,
+        "peak_rss_gb": 53.0,
+    }
+
+
+def test_without_a_judge_the_win_rate_is_by_the_reward_model_and_says_so(run):
+    result = run("--data-path", "mine.jsonl", "x y.jsonl")
+    assert [word for word in calls(run)[2][0] if word.endswith(".jsonl")] == ["mine.jsonl", "x y.jsonl"]
+    summary = json.loads((run.folder / "output/summary.json").read_text())
+    assert "judge" not in summary  # scores at step 4: 2 and -10, at step 0: 1 and 1
+    assert summary["win_rate"]["ppo_vs_sft"] == {
+        "value": 0.5,
+        "ci95": [0.0945, 0.9055],
+        "num_prompts": 2,
+        "by": "reward_model",
+    }
+    assert "no judge for this task" in result.stdout
+    assert "no judge for this task" in run("--data-path", "toy", "--eval_data_path", "mine.jsonl").stdout
+    assert "no judge" not in run("--data-path", "toy:0.5", "mine.jsonl", "--ppo.eval_data_path", "toy").stdout
+
+
+def test_stage_flags_reach_the_stages_that_have_them(run):
+    words = ["--seed", "3", "--learning_rate", "1e-4", "--kl_coef=0.2", "--skip_bad_records", "--no-self_check"]
+    words += ["--sft.learning_rate", "2e-4", "--reward.eval_data_path", "a b", "c", "--ppo.seed", "-1"]
+    assert run(*words, "--actor-zero-stage", "2", "--reward-zero-stage", "1").returncode == 0
+    sft, reward, ppo = (calls(run)[step][0] for step in (1, 2, 3))
+    assert [value(flags, "--seed") for flags in (sft, reward, ppo)] == ["3", "3", "-1"]
+    assert [float(value(flags, "--learning_rate")) for flags in (sft, reward)] == [2e-4, 1e-4]
+    assert "--learning_rate" not in ppo and value(ppo, "--kl_coef") == "0.2" and "--kl_coef" not in sft + reward
+    assert all("--skip_bad_records" in flags for flags in (sft, reward, ppo))
+    assert "--no-self_check" in ppo and "--no-self_check" not in sft + reward
+    start = reward.index("--eval_data_path")
+    assert reward[start + 1 : start + 3] == ["a b", "c"] and "--eval_data_path" not in sft + ppo
+    assert value(sft, "--zero_stage") == "2" and value(reward, "--zero_stage") == "1"
+    assert value(ppo, "--actor_zero_stage") == "2" and value(ppo, "--critic_zero_stage") == "1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sft.learning_rat", "1"], "unknown flag --sft.learning_rat; did you mean --sft.learning_rate?"),
+        (["--kl_coeff", "1"], "unknown flag --kl_coeff; did you mean --kl_coef?"),
+        (["--ppo.learning_rate", "1"], "did you mean --ppo."),
+        (["--actor_model=toy"], "did you mean --actor-model?"),
+        (
+            ["--ppo.output_dir", "x"],
+            "--ppo.output_dir is set here; use --actor-model, --reward-model and --output-dir",
+        ),
+        (["--step", "1", "2", "--kl_coef", "1"], "--kl_coef is a flag of step 3, which --step leaves out"),
+        (["--ppo.kl_coef", "much"], "--ppo.kl_coef: invalid float value: 'much'"),
+        (["--step", "4"], "--step: invalid choice: 4"),
+        (["more"], "unknown argument more"),
+        (["--actor-model", "opt-13b"], "no recipe of step 1 for opt-13b on cpu; there are: "),
+        (["--actor-model", "nowhere/at-all"], "nowhere/at-all is neither a directory nor a model with a recipe"),
+        (["--actor-model", "."], "--data-path is missing"),
+        (["--step", "3"], "output/actor-models/toy does not hold the output of step 1; run --step 1 first"),
+        (["--step", "2"], "output/actor-models/toy does not hold the output of step 1; run --step 1 first"),
+        (["--step", "3", "1"], "output/reward-models/toy does not hold the output of step 2; run --step 2 first"),
+        (["--num-ranks", "2"], "--num-ranks 2 does not go with cpu and its launcher: leave it out"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(run, flags, message):
+    assert message in refusal(run(*flags, "--deployment-type", "cpu"))
+    assert list(run.folder.iterdir()) == []
+
+
+def test_an_output_directory_that_cannot_be_made_is_refused(run):
+    (run.folder / "file").write_text("")
+    assert "--output_dir file/x cannot be written" in refusal(run("--output-dir", "file/x"))
+
+
+def test_later_steps_use_what_earlier_ones_left(run):
+    assert run("--step", "2", "1", "--output-dir", "my out").returncode == 0
+    assert not (run.folder / "my out/summary.json").exists()
+    assert run("--step", "3", "--output-dir", "my out", "--sft.learning_rate", "1").returncode == 0
+    assert list(calls(run)) == [1, 2, 3]
+    seconds = json.loads((run.folder / "my out/summary.json").read_text())["seconds"]
+    assert (seconds["sft"], seconds["reward"]) == (10.0, 20.0) and 30 < seconds["total"] < 60  # as run.json has them
+    run("--step", "1", "--output-dir", "my out")
+    assert not (run.folder / "my out/summary.json").exists(), "it would tell of another step 1"
+
+
+def test_models_of_ones_own_and_from_the_hub(run, tmp_path):
+    for name in ("base model", "judge"):
+        (tmp_path / name).mkdir()
+    own = ["--actor-model", tmp_path / "base model", "--reward-model", tmp_path / "judge", "--data-path", "d.jsonl"]
+    assert run(*own, "--deployment-type", "cpu").returncode == 0
+    assert value(calls(run)[1][0], "--model_name_or_path") == str(tmp_path / "base model")
+    assert value(calls(run)[2][0], "--model_name_or_path") == str(tmp_path / "judge")
+    assert value(calls(run)[2][0], "--output_dir") == "output/reward-models/judge"
+    assert value(calls(run)[3][0], "--critic_model_name_or_path") == "output/reward-models/judge"
+    for actor in ("facebook/opt-1.3b", "1.3b"):
+        assert run("--actor-model", actor, "--reward-model", "350m", "--deployment-type", "single_gpu").returncode == 0
+        sft, reward, ppo = (calls(run)[step][0] for step in (1, 2, 3))
+        assert (
+            value(sft, "--model_name_or_path") == "facebook/opt-1.3b"
+            and value(sft, "--data_path") == "Dahoas/rm-static"
+        )
+        assert (
+            value(reward, "--model_name_or_path") == "facebook/opt-350m" and value(reward, "--weight_decay") == "0.1"
+        )
+        assert value(ppo, "--output_dir") == "output/step3-models/opt-1.3b" and value(ppo, "--kl_coef") == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("fake", "code", "last"),
+    [
+        ("user@1", 2, "error: no disk\n"),  # 2 although the launcher said 5
+        ("crash@2", 5, "Trace\nboom\n"),
+        ("killed@3", 137, "killed by SIGKILL; out of memory is the usual cause\n"),
+        ("nothing@2", 1, "it left no model in output/reward-models/toy; its own last lines are above\n"),
+    ],
+)
+def test_when_a_stage_fails_its_error_is_last(run, fake, code, last):
+    step = int(fake[-1])
+    (run.folder / "output").mkdir()
+    key = {1: "sft", 2: "reward", 3: "ppo"}[step]
+    (run.folder / f"output/error-{key}.txt").write_text("of an earlier run")
+    result = run(fake=fake)
+    assert result.returncode == code and result.stderr.endswith(last)
+    assert (
+        f"[{step}/3] {e2e.TITLES[step]} failed after" in result.stderr and f"with exit code {code}\n" in result.stderr
+    )
+    assert "noise of a library" in result.stderr and "earlier run" not in result.stderr
+    assert list(calls(run)) == list(range(1, step + 1)), "nothing runs after a failure"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_it_stops_the_stage_and_all_its_processes(run, number, code):
+    process = run(fake="hang@1", wait=False)
+    pids = run.folder / "pids"
+    while not (pids.exists() and pids.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == code
+    deadline = time.time() + 10
+    while any(map(is_running, pids.read_text().split())) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids.read_text().split()))
+
+
+def is_running(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(") ")[2][0] != "Z"  # a dead orphan may wait for its new parent
+    except OSError:
+        return False
+
+
+def test_list_names_what_there_is(run):
+    out = run("--list").stdout
+    assert "--actor-model " in out and "facebook/opt-1.3b on single_gpu" in out
+    assert "toy on cpu, single_gpu, single_node" in out and "facebook/opt-350m on single_gpu" in out

@@ -1,0 +1,119 @@
+"""How e2e_rlhf.py starts the stages, on which machine and in how many ranks; and the real stages through it."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from dschat.errors import UserError
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "e2e_rlhf.py"
+sys.path.insert(0, str(ROOT))  # a program, not part of an installed package
+e2e = importlib.import_module("e2e_rlhf")
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "wanted"),
+    [
+        ((None, None), False, ("cpu", 1)),
+        ((None, 2), False, ("cpu", 2)),
+        (("cpu", 1), True, ("cpu", 1)),
+        ((None, None), True, ("single_gpu", 1)),
+        ((None, 4), True, ("single_node", 4)),
+        (("single_node", None), True, ("single_node", 0)),  # 0: as many as there are
+    ],
+)
+def test_the_launcher_by_machine_and_ranks(monkeypatch, given, gpu, wanted):
+    monkeypatch.delenv("DSCHAT_LAUNCH", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(
+        Path, "glob", lambda self, pattern: iter([self / "nvidia0"] if gpu and "nvidia" in pattern else [])
+    )
+    deployment, launcher = e2e.choose_launcher(*given)
+    words, python = launcher.split(), Path(sys.executable).name
+    number = int(words[words.index("--num_accelerators") + 1]) if "--num_accelerators" in words else 0
+    if wanted[1] == 1:
+        assert (deployment, words) == (wanted[0], [python])
+    else:
+        assert (deployment, number) == wanted and words[:3] == [python, "-m", "deepspeed.launcher.runner"]
+        assert 1024 <= int(words[words.index("--master_port") + 1]) < 65536
+
+
+@pytest.mark.parametrize(
+    "given", [("single_gpu", 2), ("cpu", 0), ("multi_node", 2), ("multi_node", None)], ids=lambda given: str(given)
+)
+def test_launchers_that_cannot_be_are_refused(monkeypatch, given):
+    monkeypatch.delenv("DSCHAT_LAUNCH", raising=False)
+    with pytest.raises(UserError):
+        e2e.choose_launcher(*given)
+
+
+def test_it_starts_light():
+    code = "import sys, time; t = time.process_time(); sys.path.insert(0, sys.argv[1]); import e2e_rlhf; "
+    code += "print(time.process_time() - t, *{'torch', 'transformers', 'datasets', 'deepspeed'} & set(sys.modules))"
+    seconds, *heavy = subprocess.check_output([sys.executable, "-c", code, str(ROOT)], text=True).split()
+    assert float(seconds) < 1 and heavy == []
+
+
+def run_real(*flags, cwd, num_ranks=1):
+    small = ["--max_steps", "2", "--max_eval_samples", "12", "--ppo.max_answer_seq_len", "12", "--ppo.best_of_n", "2"]
+    sizes = ["--ppo.per_device_generation_batch_size", "8", "--ppo.per_device_training_batch_size", "8"]
+    sizes += ["--sft.per_device_train_batch_size", "8", "--reward.per_device_train_batch_size", "4"]
+    ranks = ["--deployment-type", "cpu", "--num-ranks", str(num_ranks)]
+    command = [sys.executable, str(PROGRAM), *small, *sizes, *ranks, *flags]
+    env = {name: text for name, text in os.environ.items() if name != "DSCHAT_LAUNCH"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
+
+
+def test_the_real_stages_end_to_end(tmp_path):
+    result = run_real("--seed", "9", "--output-dir", "my out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "my out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"seconds", "reward_accuracy", "judge", "win_rate", "kl_per_seq", "peak_rss_gb"}
+    assert set(summary["judge"]) == {"sft", "best_of_2", "ppo"} and 0.2 < summary["peak_rss_gb"] < 10
+    assert summary["reward_accuracy"]["num_pairs"] == summary["win_rate"]["ppo_vs_sft"]["num_prompts"] == 12
+    for directory, role in (
+        ("actor-models/toy", "policy"),
+        ("reward-models/toy", "reward"),
+        ("step3-models/toy", "policy"),
+    ):
+        run = json.loads((out / directory / "run.json").read_text())
+        assert (run["role"], run["seed"], run["config"]["data_path"]) == (role, 9, ["toy"])
+    assert (out / "step3-models/toy/actor/model.safetensors").is_file()
+    shown = result.stdout.partition("held-out prompts (not the best)")[2]
+    assert shown.count("\n  SFT [") == shown.count("\n  PPO [") == 5
+    assert sorted(path.name for path in out.iterdir()) == [
+        "actor-models",
+        "reward-models",
+        "step3-models",
+        "summary.json",
+    ]
+
+
+def test_a_real_mistake_in_the_data_is_the_last_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
+    result = run_real("--data-path", "bad.jsonl", cwd=tmp_path)
+    assert result.returncode == 2 and "bad.jsonl:2" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_two_ranks_through_the_deepspeed_launcher(tmp_path):
+    result = run_real("--actor-zero-stage", "2", cwd=tmp_path, num_ranks=2)
+    assert result.returncode == 0, result.stderr
+    run = json.loads((tmp_path / "output/step3-models/toy/run.json").read_text())
+    assert run["config"]["actor_zero_stage"] == 2
+    rows = (tmp_path / "output/step3-models/toy/samples.jsonl").read_text().splitlines()
+    assert len(rows) == 12 * 3  # before, best of 2, after
+
+
+@pytest.mark.long
+def test_a_mistake_behind_the_launcher_is_still_the_last_line_and_code_2(tmp_path):
+    result = run_real("--dtype", "fp16", cwd=tmp_path, num_ranks=2)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: --dtype fp16 needs a GPU; use --dtype bf16 or fp32 on a CPU"

@@ -1,0 +1,127 @@
+"""The numbers of summary.json and the final tables, against numbers worked out by hand."""
+
+import json
+from typing import NamedTuple
+
+from dschat.report.summary import before_and_after, grade, read_answers, results_table, summarize, win_rate
+
+import pytest
+
+
+class Verdict(NamedTuple):
+    score: float
+    correct: bool
+
+
+def judge(question, answer):
+    return Verdict(len(answer) - len(question), answer == question)
+
+
+def rows(*responses, score=1.0):
+    return [{"prompt": "abc"[:n], "response": text, "score": score * n} for n, text in enumerate(responses, 1)]
+
+
+def write(path, *lines):
+    with open(path, "w") as file:
+        for step, kind, group in lines:
+            for row in group:
+                file.write(json.dumps({"step": step, "kind": kind} | row) + "\n")
+    return path
+
+
+def test_a_win_counts_one_and_a_tie_half():
+    # 2 wins, 1 tie, 1 loss: 2.5 of 4. Wilson with z² = 3.841459: centre (0.625 + 0.480182) / 1.960365 = 0.563764,
+    # half width 1.959964 · sqrt(0.625 · 0.375 / 4 + 3.841459 / 64) / 1.960365 = 0.344338
+    assert win_rate([2.0, 0.5, 1.0, -1.0], [1.0, 0.0, 1.0, 0.0]) == {
+        "value": 0.625,
+        "ci95": [0.2194, 0.9081],
+        "num_prompts": 4,
+    }
+    assert win_rate([0.0, 0.0], [0.0, 0.0])["value"] == 0.5
+    assert win_rate([0.0], [1.0])["value"] == 0.0
+
+
+def test_scores_of_different_prompts_are_not_compared():
+    with pytest.raises(ValueError):
+        win_rate([1.0], [1.0, 2.0])
+
+
+def test_answers_are_those_before_training_and_after_it(tmp_path):
+    first, best, middle, last = rows("a"), rows("b"), rows("c"), rows("d")
+    groups = [(0, "policy", first), (0, "best_of_4", best), (10, "policy", middle), (12, "policy", last)]
+    answers = read_answers(write(tmp_path / "samples.jsonl", *groups))
+    assert list(answers) == ["sft", "best_of_4", "ppo"]
+    assert [answers[name][0]["response"] for name in answers] == ["a", "b", "d"]
+
+
+def test_answers_to_other_prompts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the same prompts"):
+        read_answers(write(tmp_path / "a", (0, "policy", rows("a", "b")), (3, "policy", rows("b", "a")[::-1])))
+    with pytest.raises(ValueError, match="before and after"):
+        read_answers(write(tmp_path / "b", (0, "policy", rows("a", "b"))))
+
+
+def graded(judge):
+    answers = {"sft": rows("a", "a", score=1.0), "best_of_8": rows("x", "yy", score=3.0), "ppo": rows("aaa", "a")}
+    return {name: grade(group, judge) for name, group in answers.items()}
+
+
+REWARD = {
+    "metrics": {"eval/accuracy": 0.84, "eval/accuracy_low": 0.80123, "eval/accuracy_high": 0.88, "eval/num_pairs": 9.0}
+}
+PPO = {"metrics": {"eval/kl_per_seq": 3.14159}}
+SECONDS = {"sft": 88.06, "reward": 15.0, "ppo": 60.2, "total": 171.9}
+
+
+def test_the_summary_of_a_judged_task():
+    # lengths of answers minus lengths of prompts ("a", "ab"): sft 0 and -1, best 0 and 0, ppo 2 and -1
+    assert summarize(graded(judge), REWARD, PPO, SECONDS, 1.93333) == {
+        "seconds": {"sft": 88.1, "reward": 15.0, "ppo": 60.2, "total": 171.9},
+        "reward_accuracy": {"value": 0.84, "ci95": [0.8012, 0.88], "num_pairs": 9},
+        "judge": {
+            "sft": {"mean": -0.5, "correct": 0.5},
+            "best_of_8": {"mean": 0.0, "correct": 0.0},
+            "ppo": {"mean": 0.5, "correct": 0.0},
+        },
+        # a win and a tie are 1.5 of 2: 0.75 ± … as in the test above with n = 2
+        "win_rate": {"ppo_vs_sft": {"value": 0.75, "ci95": [0.1979, 0.9733], "num_prompts": 2}},
+        "kl_per_seq": 3.1416,
+        "peak_rss_gb": 1.933,
+    }
+
+
+def test_without_a_judge_the_reward_model_decides():
+    summary = summarize(graded(None), REWARD, PPO, SECONDS, 1.9)
+    assert "judge" not in summary
+    assert summary["win_rate"]["ppo_vs_sft"] == {
+        "value": 0.5,
+        "ci95": [0.0945, 0.9055],
+        "num_prompts": 2,
+        "by": "reward_model",
+    }
+    assert "no judge for this task" in results_table(summary, graded(None))
+
+
+def test_the_table_has_a_line_for_each_policy_and_each_stage():
+    summary = summarize(graded(judge), REWARD, PPO, SECONDS, 1.9)
+    lines = {line[:24].strip(): line[24:].split("  ") for line in results_table(summary, graded(judge)).splitlines()}
+    cells = {name: [cell.strip() for cell in line if cell.strip()] for name, line in lines.items()}
+    assert cells["SFT"] == ["-0.50", "50%", "+1.50"]
+    assert cells["best of 8 by the reward"][-4:] == ["0.00", "0%", "+4.50", "0.75 (0.20 to 0.97)"]
+    assert cells["PPO"] == ["0.50", "0%", "+1.50", "0.75 (0.20 to 0.97)"]
+    text = results_table(summary, graded(judge))
+    assert "0.84 (0.80 to 0.88)" in text and " 3.14\n" in text and "no judge" not in text
+    assert [line.split()[-1] for line in text.splitlines() if "seconds" in line] == ["88", "15", "60", "172"]
+
+
+def test_the_answers_shown_are_the_first_ones():
+    long = {"prompt": "q", "response": "w " * 400, "score": 0.0}
+    policies = {
+        "sft": grade([*rows("a", "b", "c"), long] * 2, None),
+        "ppo": grade([*rows("d", "e", "f"), long] * 2, None),
+    }
+    text = before_and_after(policies)
+    assert text.startswith("The first 5 held-out prompts (not the best)")
+    assert "\n\nabc\n  SFT [+3.00] c\n  PPO [+3.00] f\n" in text
+    assert text.count("  SFT [") == 5 and max(map(len, text.splitlines())) < 180
+    assert "first 3" in before_and_after({name: grade(rows("a", "b", "c"), None) for name in ("sft", "ppo")})

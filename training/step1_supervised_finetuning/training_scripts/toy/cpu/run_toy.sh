@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Step 1 on the embedded task with the embedded model, about a million parameters.
+exec ${DSCHAT_LAUNCH:-python} "$(dirname "$0")/../../../main.py" \
+    --learning_rate 3e-3 --num_warmup_steps 20 --num_train_epochs 4 \
+    --per_device_train_batch_size 32 --per_device_eval_batch_size 100 --max_seq_len 128 "$@"
