@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dschat.config import flag, parse_config
+from dschat.config import DTYPES, flag, parse_config
 from dschat.errors import UserError, run_program
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ HELP = """\
 /help         this list
 /quit         end, like Ctrl-D; Ctrl-C ends too, but while an answer comes it stops only the answer
 A message that begins with / is sent when a space stands before it."""
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")  # a terminal would obey them
 MIN_TEMPERATURE = 0.01  # below, logits / temperature leave the range of float32
 

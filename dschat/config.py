@@ -17,6 +17,8 @@ from dschat.errors import UserError
 
 Config = TypeVar("Config")
 
+DTYPES = ("auto", "fp32", "bf16", "fp16")  # choices of --dtype
+
 
 def flag(default: Any = dataclasses.MISSING, help: str = "", choices: tuple | None = None) -> Any:
     """A dataclass field that is also a flag. Without a default the flag is required."""
@@ -68,6 +70,18 @@ def parse_config(
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved config as plain JSON values, for run.json."""
     return dataclasses.asdict(config)
+
+
+def require_positive(flags: object, *names: str) -> None:
+    for name in names:
+        if not getattr(flags, name) > 0:
+            raise UserError(f"--{name} {getattr(flags, name)}: expected a number above 0")
+
+
+def require_not_negative(flags: object, *names: str) -> None:
+    for name in names:
+        if not getattr(flags, name) >= 0:
+            raise UserError(f"--{name} {getattr(flags, name)}: expected 0 or more")
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -3,13 +3,12 @@
 import os
 from dataclasses import dataclass
 
-from dschat.config import flag
+from dschat.config import DTYPES, flag, require_not_negative, require_positive
 from dschat.data.prepare import DataSpec
 from dschat.engine.deepspeed_engine import TrainSpec
 from dschat.errors import UserError
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)
 
 
@@ -109,18 +108,6 @@ class SupervisedFlags(RunFlags, DataFlags):
             zero_stage=self.zero_stage,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-
-
-def require_positive(flags: object, *names: str) -> None:
-    for name in names:
-        if not getattr(flags, name) > 0:
-            raise UserError(f"--{name} {getattr(flags, name)}: expected a number above 0")
-
-
-def require_not_negative(flags: object, *names: str) -> None:
-    for name in names:
-        if not getattr(flags, name) >= 0:
-            raise UserError(f"--{name} {getattr(flags, name)}: expected 0 or more")
 
 
 _HYBRID = "the rollout runs on the training weights; drop the flag"

@@ -11,13 +11,12 @@ from dschat.data.records import Message
 from dschat.data.templates import encode_prompt
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
-from dschat.models.load import load_causal_lm, max_positions
+from dschat.models.load import load_causal_lm, max_positions, resolve_dtype
 from dschat.rlhf.rollout import Sampling, banned_token_ids, decode
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
 
@@ -203,19 +202,6 @@ def resolve_device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu or auto")
     return torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The rule of training, without its import of DeepSpeed, which takes seconds and writes to stdout.
-
-    Raises:
-        UserError: fp16 on a CPU, which lacks kernels for it.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--dtype fp16 needs a GPU; use --dtype bf16 or fp32 on a CPU")
-    return DTYPES[name]
 
 
 def _check_path(path: str) -> None:

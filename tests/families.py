@@ -45,3 +45,13 @@ def tiny_model(family: str, tokenizer, scale: float = 4.0) -> transformers.PreTr
 
 def save_tiny_model(family: str, tokenizer, directory: str) -> None:
     save_model(tiny_model(family, tokenizer), tokenizer, directory)
+
+
+def ragged_prompts(tokenizer, sizes=(3, 9, 6, 1)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts of the given lengths and their mask."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, len(tokenizer), (len(sizes), max(sizes)), generator=generator)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, size in enumerate(sizes):
+        mask[row, max(sizes) - size :] = True
+    return torch.where(mask, ids, tokenizer.pad_token_id), mask

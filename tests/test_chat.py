@@ -12,9 +12,9 @@ from dschat.data.records import to_example
 from dschat.data.templates import encode_dialogue, encode_prompt
 from dschat.data.tokenizer import train_tokenizer
 from dschat.errors import UserError
-from dschat.models.load import save_model
+from dschat.models.load import resolve_dtype, save_model
 from dschat.rlhf.rollout import Sampling, generate
-from inference.chatbot import Chatbot, Reply, TextStream, load_chatbot, resolve_device, resolve_dtype, trim_history
+from inference.chatbot import Chatbot, Reply, TextStream, load_chatbot, resolve_device, trim_history
 
 import pytest
 import torch

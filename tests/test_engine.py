@@ -20,12 +20,12 @@ from dschat.engine.deepspeed_engine import (
     unwrap,
     whole_model,
 )
-from dschat.engine.distributed import init_runtime, resolve_dtype
+from dschat.engine.distributed import init_runtime
 from dschat.errors import UserError
+from dschat.models.load import resolve_dtype
 from dschat.models.scorer import Scorer
 from tests.conftest import ROOT
-from tests.families import FAMILIES, tiny_config, tiny_model
-from tests.test_families import ragged_prompts
+from tests.families import FAMILIES, ragged_prompts, tiny_config, tiny_model
 
 import deepspeed
 import pytest

@@ -19,8 +19,7 @@ from dschat.rlhf.experience import (
 )
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling, generate, row_uniforms
-from tests.families import tiny_config, tiny_model
-from tests.test_families import ragged_prompts
+from tests.families import ragged_prompts, tiny_config, tiny_model
 
 import pytest
 import torch

@@ -7,21 +7,12 @@ from dschat.functional import token_logprobs
 from dschat.models.forward import response_logits
 from dschat.models.scorer import Scorer, last_token_values
 from dschat.rlhf.rollout import Sampling, banned_token_ids, generate, row_uniforms
-from tests.families import FAMILIES, tiny_config, tiny_model
+from tests.families import FAMILIES, ragged_prompts, tiny_config, tiny_model
 from tests.programs import run_stages
 
 import pytest
 import torch
 import transformers
-
-
-def ragged_prompts(tokenizer, sizes=(3, 9, 6, 1)):
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, len(tokenizer), (len(sizes), max(sizes)), generator=generator)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, size in enumerate(sizes):
-        mask[row, max(sizes) - size :] = True
-    return torch.where(mask, ids, tokenizer.pad_token_id), mask
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +65,7 @@ def test_the_three_stages_and_chat(family, model_dirs, data_file, cache_dir, tmp
     from inference.chatbot import load_chatbot
 
     out = run_stages(model_dirs(family), data_file, cache_dir, tmp_path)
-    metrics = [json.loads(line) for line in open(Path(out["ppo"]) / "metrics.jsonl")]
-    assert any("policy/loss" in line for line in metrics)
-    bot = load_chatbot(str(Path(out["ppo"]) / "actor"), max_new_tokens=5, temperature=0.0)
+    text = (Path(out["ppo"]) / "metrics.jsonl").read_text(encoding="utf-8")
+    assert any("policy/loss" in json.loads(line) for line in text.splitlines())
+    bot = load_chatbot(str(Path(out["ppo"]) / "actor"), Sampling(5, temperature=0.0))
     assert isinstance("".join(bot.reply([{"role": "user", "content": "hello"}])), str)

@@ -23,8 +23,7 @@ from dschat.models.load import (
 )
 from dschat.models.scorer import STATS_FILE, last_token_values, load_score_stats, save_score_stats
 from tests import programs
-from tests.families import FAMILIES, tiny_config, tiny_model
-from tests.test_families import ragged_prompts
+from tests.families import FAMILIES, ragged_prompts, tiny_config, tiny_model
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ from dschat.rlhf.ppo_trainer import (
 from dschat.rlhf.rlhf_engine import RLHFEngine, create_rlhf_engine
 from dschat.rlhf.rollout import Sampling, generate, row_uniforms
 from tests import programs
-from tests.test_families import ragged_prompts
+from tests.families import ragged_prompts
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ def trained(model_dirs, data_file, cache_dir, tmp_path_factory):
 
 
 def lines(directory: str) -> list[dict]:
-    return [json.loads(line) for line in open(Path(directory) / "metrics.jsonl", encoding="utf-8")]
+    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def subprocess_run(stage: str, *argv: str) -> subprocess.CompletedProcess:
@@ -75,7 +75,8 @@ def test_evaluation_before_training_finds_an_untouched_policy(trained):
     first = lines(trained["ppo"])[0]
     assert first["step"] == 0
     assert abs(first["eval/kl_per_seq"]) < 1e-4
-    rows = [json.loads(line) for line in open(Path(trained["ppo"]) / "samples.jsonl", encoding="utf-8")]
+    text = (Path(trained["ppo"]) / "samples.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
     by_step = {step: [row["prompt"] for row in rows if row["step"] == step] for step in (0, 2)}
     assert by_step[0] == by_step[2] and len(by_step[0]) > 3
 

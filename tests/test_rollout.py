@@ -4,9 +4,8 @@ import math
 
 from dschat.engine.distributed import Runtime
 from dschat.rlhf.rollout import Sampling, banned_token_ids, draw, generate, row_uniforms
-from tests.families import tiny_model
+from tests.families import ragged_prompts, tiny_model
 from tests.programs import program
-from tests.test_families import ragged_prompts
 
 import pytest
 import torch

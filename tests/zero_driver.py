@@ -1,6 +1,6 @@
 """Runs steps 1, 2 and 3 at every ZeRO stage in one process per rank, and writes each run's losses as JSON.
 
-    RANK=0 WORLD_SIZE=1 python -m tests.zero_driver <sft dir> <reward dir> <data> <cache> <output> <stages>
+RANK=0 WORLD_SIZE=1 python -m tests.zero_driver <model> <reward model> <data> <cache> <output> <stages>
 """
 
 import json
@@ -14,7 +14,7 @@ from tests.programs import run
 def losses(directory: str) -> list[dict]:
     names = ("loss", "policy/loss", "critic/loss", "grad_norm", "policy/grad_norm", "critic/grad_norm")
     names += ("eval/perplexity", "eval/accuracy", "eval/margin", "eval/score_mean", "objective/kl_per_seq")
-    lines = [json.loads(line) for line in open(Path(directory) / "metrics.jsonl", encoding="utf-8")]
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: line[name] for name in names if name in line} for line in lines]
 
 

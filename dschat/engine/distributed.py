@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dschat.errors import UserError
-
 import datasets
 import deepspeed
 import numpy as np
@@ -70,19 +68,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 on a GPU that has it and fp32 elsewhere.
-
-    Raises:
-        UserError: fp16 on a CPU, where its kernels and loss scaling are missing.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--dtype fp16 needs a GPU; use --dtype bf16 or fp32 on a CPU")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def all_reduce_sum(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:

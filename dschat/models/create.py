@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dschat.config import flag, parse_config, to_dict
+from dschat.config import flag, parse_config, require_positive, to_dict
 from dschat.data.sources import load_examples
 from dschat.data.tokenizer import train_tokenizer
 from dschat.engine.distributed import quiet_libraries
 from dschat.errors import UserError, run_program
-from dschat.flags import require_positive
 from dschat.models.load import POLICY, save_model
 from dschat.report.metrics import prepare_output_dir, write_run_json
 

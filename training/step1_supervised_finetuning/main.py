@@ -11,18 +11,18 @@ import math
 import time
 from dataclasses import dataclass
 
-from dschat.config import flag, parse_config, to_dict
+from dschat.config import flag, parse_config, require_not_negative, to_dict
 from dschat.data.loader import collate_sft, epoch_batches
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
-from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first, resolve_dtype
+from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.errors import run_program
-from dschat.flags import REMOVED, SupervisedFlags, require_not_negative
+from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
 from dschat.models.forward import model_inputs
-from dschat.models.load import POLICY, check_context, load_causal_lm, save_model
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 

@@ -24,12 +24,11 @@ from dschat.engine.distributed import (
     gather_rows,
     init_runtime,
     main_process_first,
-    resolve_dtype,
 )
 from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import pairwise_ranking_loss
-from dschat.models.load import REWARD, check_context, load_scorer, save_model
+from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
 from dschat.models.scorer import Scorer, last_token_values, save_score_stats
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console

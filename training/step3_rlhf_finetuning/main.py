@@ -11,15 +11,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dschat.config import flag, parse_config, to_dict
+from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
 from dschat.data.loader import collate_prompts, prompt_stream
 from dschat.data.prepare import load_rows
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import TrainSpec, learning_rate, save_weights, whole_model
-from dschat.engine.distributed import Runtime, init_runtime, main_process_first, resolve_dtype
+from dschat.engine.distributed import Runtime, init_runtime, main_process_first
 from dschat.errors import UserError, run_program
-from dschat.flags import REMOVED, SCHEDULES, ZERO_STAGES, DataFlags, RunFlags, require_not_negative, require_positive
-from dschat.models.load import CRITIC, POLICY, check_context, save_model
+from dschat.flags import REMOVED, SCHEDULES, ZERO_STAGES, DataFlags, RunFlags
+from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
