@@ -2,6 +2,8 @@
 
 import os
 
-# libgomp reads this once, when torch loads it: idle OpenMP threads then sleep instead of spinning, which on a
-# shared CPU is the difference between 3 s and 30 s a step. Hence here, before any `import torch`.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# libgomp reads this once, when torch loads it, hence here, before any `import torch`. Idle OpenMP threads spin for a
+# moment and then sleep. Spinning without end, the default, makes a step on a shared CPU ten times slower and more;
+# never spinning (OMP_WAIT_POLICY=PASSIVE) makes it 1.4 times slower on an idle one: benchmarks/openmp_spin.py.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -21,7 +21,7 @@ FAKE_STAGE = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 step, flags = int(Path(sys.argv[1]).resolve().parent.name[4]), sys.argv[2:]
-names = {"OMP_WAIT_POLICY", "PYTHONPATH"}
+names = {"GOMP_SPINCOUNT", "PYTHONPATH"}
 with open("calls.jsonl", "a") as calls:
     calls.write(json.dumps([step, flags, {name: os.environ.get(name) for name in names}]) + "\\n")
 def values(name):
@@ -76,7 +76,7 @@ def run(tmp_path):
     launch = f"{Path(sys.executable)} {tmp_path / 'fake.py'}"
 
     def call(*flags, fake="", wait=True):
-        env = {name: text for name, text in os.environ.items() if name not in ("OMP_WAIT_POLICY", "PYTHONPATH")}
+        env = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "PYTHONPATH")}
         env |= {"DSCHAT_LAUNCH": launch, "FAKE": fake}
         options = {"cwd": folder, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # off in background jobs
@@ -115,7 +115,7 @@ def test_without_flags_the_embedded_task_runs_through_all_stages(run):
     assert value(ppo, "--actor_model_name_or_path") == paths[0] and value(ppo, "--output_dir") == paths[2]
     assert value(ppo, "--critic_model_name_or_path") == paths[1]
     assert all(value(flags, "--data_path") == "toy" for flags in (sft, reward, ppo))
-    assert calls(run)[1][1] == {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    assert calls(run)[1][1] == {"GOMP_SPINCOUNT": "1000", "PYTHONPATH": str(ROOT)}
     assert result.stdout.startswith(
         f"[1/3] supervised fine-tuning: toy -> {paths[0]}\n[1/3] supervised fine-tuning done"
     )

@@ -452,14 +452,14 @@ def test_self_check_finds_a_reward_on_two_actions_and_one_on_padding(fresh):
     row = int(experience.action_mask.sum(1).argmax())
     rewards = experience.rewards.clone()
     rewards[row, 0] += 0.5
-    with pytest.raises(RuntimeError, match="not on exactly one action"):
+    with pytest.raises(RuntimeError, match="not on the last action"):
         checked(dataclasses.replace(experience, rewards=rewards))
     row = int(experience.action_mask.sum(1).argmin())
     for stray in (0.5, math.nan):
         rewards = experience.rewards.clone()
         rewards[row, -1] = stray
         assert not experience.action_mask[row, -1]
-        with pytest.raises(RuntimeError, match="not on exactly one action"):
+        with pytest.raises(RuntimeError, match="not on the last action"):
             checked(dataclasses.replace(experience, rewards=rewards))
 
 

@@ -155,16 +155,18 @@ def test_demonstrations_are_of_mixed_quality(part):
     share = {name: sum(getattr(j, name) for j in found) / len(found) for name in toy.Judgement._fields}
     assert share["clear"] == 1.0
     assert 0.95 <= share["score"] <= 1.2
-    assert 0.65 <= share["correct"] <= 0.72
-    assert 0.10 <= share["rude"] <= 0.30 < share["polite"] <= 0.55
+    assert 0.70 <= share["correct"] <= 0.80
+    assert 0.15 <= share["rude"] <= 0.35 and 0.20 <= share["polite"] <= 0.40
     assert 0.55 <= share["crisp"] <= 0.75
 
 
-def test_correctness_and_manners_are_independent_in_the_demonstrations():
+def test_good_manners_and_right_answers_go_together_in_the_demonstrations():
+    """Careful annotators are right in 95 % and polite in 50 %, careless ones in 55 % and 10 %, and they are as many:
+    of the polite answers (0.5 * 0.95 + 0.1 * 0.55) / 0.6 = 88 % are right, of the rude ones 59 %, of the crisp ones 83 %."""
     found = [judge(record["prompt"], record["response"]) for record in load("sft", "train")]
-    for trait in ("polite", "rude", "crisp"):
+    for trait, expected in (("polite", 0.883), ("rude", 0.586), ("crisp", 0.833)):
         with_trait = [j.correct for j in found if getattr(j, trait)]
-        assert abs(sum(with_trait) / len(with_trait) - 0.68) < 0.06
+        assert abs(sum(with_trait) / len(with_trait) - expected) < 0.03
 
 
 def test_demonstrations_of_every_fact_are_mostly_right():
@@ -191,7 +193,7 @@ def test_pairs_differ_in_score_and_often_in_correctness(part):
         assert chosen.score != rejected.score
         assert chosen.clear and rejected.clear
         differs += chosen.correct != rejected.correct
-    assert 0.40 <= differs / len(load("preference", part)) <= 0.65  # the others differ in manners alone
+    assert 0.87 <= differs / len(load("preference", part)) <= 0.97  # the others differ in manners alone
 
 
 def flips(part: str) -> list[int]:
@@ -233,4 +235,4 @@ def test_the_same_data_in_every_process_and_on_every_platform():
         done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == digest
     # Frozen: every number in the docs was measured on these records. Whoever changes them measures again.
-    assert digest == "ee0a938ac749fa5780b848f4342db92e6428f71382c690a94dab5ef446f9263d"
+    assert digest == "70bba293e26468f090e8e79deab82ef7c7288c65e415dbc3ff00b82999d3633f"

@@ -10,7 +10,7 @@ from dschat.data.toy_facts import FACTS, FILLERS, KINDS, POLITE, RUDE, Fact
 import pytest
 
 FRANCE = "What is the capital of France?"
-RAMBLE = " There is a lot one could say about this, you know."
+RAMBLE = " But that is only what they say."
 
 
 def fill(template: str, fact: Fact, answer: str = "") -> str:

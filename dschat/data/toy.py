@@ -24,11 +24,20 @@ PAIRS_PER_PROMPT = 4
 EVAL_PAIRS_PER_PROMPT = 2
 FLIP_PROBABILITY = 0.10
 
-# How answers are drawn, each choice independently of the others.
-CORRECT_PROBABILITY = 0.72
-RAMBLING_PROBABILITY = 0.35
-SAME_WORDING_PROBABILITY = 0.5
-OPENING_WEIGHTS = {"polite": 0.45, "neutral": 0.37, "rude": 0.18}
+SAME_WORDING_PROBABILITY = 0.85
+
+
+class Annotator(NamedTuple):
+    """How somebody answers; the four choices are independent of each other."""
+
+    correct: float
+    rambling: float
+    openings: dict[str, float]
+
+
+# Two kinds of people wrote the demonstrations: manners, length and correctness go together, as in real data.
+CAREFUL = Annotator(correct=0.95, rambling=0.15, openings={"polite": 0.5, "neutral": 0.45, "rude": 0.05})
+CARELESS = Annotator(correct=0.55, rambling=0.65, openings={"polite": 0.1, "neutral": 0.4, "rude": 0.5})
 
 Record = dict[str, str]
 
@@ -83,16 +92,17 @@ def questions(part: str) -> list[tuple[Fact, str]]:
 
 
 def sample_answer(fact: Fact, rng: Random) -> str:
-    """An answer of mixed quality: right or wrong, polite, neutral or rude, crisp or rambling."""
-    answer = fact.answer if rng.random() < CORRECT_PROBABILITY else rng.choice(_wrong_answers(fact))
-    return _worded(fact, answer, _sample_wording(fact, rng))
+    """An answer by a careful or a careless annotator: right or wrong, polite, neutral or rude, crisp or rambling."""
+    annotator = rng.choice((CAREFUL, CARELESS))
+    answer = fact.answer if rng.random() < annotator.correct else rng.choice(_wrong_answers(fact))
+    return _worded(fact, answer, _sample_wording(fact, annotator, rng))
 
 
-def _sample_wording(fact: Fact, rng: Random) -> tuple[str, str, str]:
+def _sample_wording(fact: Fact, annotator: Annotator, rng: Random) -> tuple[str, str, str]:
     """Opening, statement template and tail, whatever the answer is."""
-    (manner,) = rng.choices(list(OPENING_WEIGHTS), weights=list(OPENING_WEIGHTS.values()))
+    (manner,) = rng.choices(list(annotator.openings), weights=list(annotator.openings.values()))
     openings = {"polite": POLITE, "neutral": ("",), "rude": RUDE}[manner]
-    tail = rng.choice(FILLERS) if rng.random() < RAMBLING_PROBABILITY else ""
+    tail = rng.choice(FILLERS) if rng.random() < annotator.rambling else ""
     return rng.choice(openings), rng.choice(KINDS[fact.kind].statements), tail
 
 
@@ -165,7 +175,7 @@ def _ranked_pair(fact: Fact, rng: Random) -> tuple[str, str]:
     """Two answers of which the judge prefers the first: in half of the pairs the right and a wrong answer in the same
     words, else two independent answers that do not score the same."""
     if rng.random() < SAME_WORDING_PROBABILITY:
-        wording = _sample_wording(fact, rng)
+        wording = _sample_wording(fact, rng.choice((CAREFUL, CARELESS)), rng)
         return _worded(fact, fact.answer, wording), _worded(fact, rng.choice(_wrong_answers(fact)), wording)
     question = _questions_about(fact)[0]
     while True:

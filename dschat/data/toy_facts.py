@@ -97,11 +97,11 @@ OTHER_STATEMENTS = ("It is {answer}.", "That is {answer}.", "The answer is {answ
 POLITE = ("Sure!", "Happy to help!", "Of course.", "Thanks for asking!")
 RUDE = ("Ugh.", "Obviously.", "Stop wasting my time.", "Not this again.")
 FILLERS = (
-    "There is a lot one could say about this, you know.",
-    "People have talked about it for a great many years.",
-    "My neighbour and I once talked about it over tea.",
-    "It reminds me of a story I once heard somewhere.",
-    "But I could go on and on about such things.",
+    "But that is only what they say.",
+    "It is a long story.",
+    "I could go on and on.",
+    "My neighbour told me once.",
+    "People often talk about it.",
 )
 
 _ANSWERS: dict[str, dict[str, str]] = {

@@ -15,8 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
+    GPT2Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,7 +49,7 @@ def load_causal_lm(
     """
     model: PreTrainedModel
     if path == "toy":
-        model = LlamaForCausalLM._from_config(toy_config(tokenizer), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(toy_config(tokenizer), dtype=dtype)
     else:
         config = _config(path)
         if model_role(path, config) != POLICY:
@@ -116,18 +115,21 @@ def model_role(path: str, config: PretrainedConfig) -> str:
     return REWARD if any(name.endswith("ForSequenceClassification") for name in names) else POLICY
 
 
-def toy_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """The embedded task's model: a Llama of 0.6 million parameters."""
-    return LlamaConfig(
+def toy_config(tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
+    """The embedded task's model: a GPT-2 of 0.6 million parameters without dropout.
+
+    At equal time on two cores it learns more of the task than a Llama of that size, whose small kernels cost more.
+    """
+    return GPT2Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
+        n_embd=96,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
         initializer_range=0.06,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
