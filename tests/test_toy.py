@@ -162,7 +162,8 @@ def test_demonstrations_are_of_mixed_quality(part):
 
 def test_good_manners_and_right_answers_go_together_in_the_demonstrations():
     """Careful annotators are right in 95 % and polite in 50 %, careless ones in 55 % and 10 %, and they are as many:
-    of the polite answers (0.5 * 0.95 + 0.1 * 0.55) / 0.6 = 88 % are right, of the rude ones 59 %, of the crisp ones 83 %."""
+    (0.5 * 0.95 + 0.1 * 0.55) / 0.6 = 88 % of the polite answers are right, 59 % of the rude and 83 % of the crisp ones.
+    """
     found = [judge(record["prompt"], record["response"]) for record in load("sft", "train")]
     for trait, expected in (("polite", 0.883), ("rude", 0.586), ("crisp", 0.833)):
         with_trait = [j.correct for j in found if getattr(j, trait)]
