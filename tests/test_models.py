@@ -198,10 +198,9 @@ def test_the_model_takes_its_special_tokens_from_the_tokenizer(policy_dir, token
     assert load_causal_lm(policy_dir, tokenizer, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("path", ["toy", "llama"])
-def test_rotary_frequencies_are_loaded_in_float32(path, model_dirs, tokenizer):
+def test_rotary_frequencies_are_loaded_in_float32(model_dirs, tokenizer):
     """Rounded to bfloat16 they would turn every position by another angle."""
-    where = path if path == "toy" else model_dirs(path)
+    where = model_dirs("llama")
     for load in (load_causal_lm, load_scorer):
         expected, found = (
             {n: b for n, b in load(where, tokenizer, dtype=dtype).named_buffers() if "inv_freq" in n}

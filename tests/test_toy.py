@@ -162,7 +162,7 @@ def test_demonstrations_are_of_mixed_quality(part):
 
 def test_good_manners_and_right_answers_go_together_in_the_demonstrations():
     """Careful annotators are right in 95 % and polite in 50 %, careless ones in 55 % and 10 %, and they are as many:
-    (0.5 * 0.95 + 0.1 * 0.55) / 0.6 = 88 % of the polite answers are right, 59 % of the rude and 83 % of the crisp ones.
+    (0.5 * 0.95 + 0.1 * 0.55) / 0.6 = 88 % of the polite answers are right, 59 % of the rude and 83 % of the crisp.
     """
     found = [judge(record["prompt"], record["response"]) for record in load("sft", "train")]
     for trait, expected in (("polite", 0.883), ("rude", 0.586), ("crisp", 0.833)):
@@ -188,13 +188,14 @@ def test_answers_are_short():
 
 @pytest.mark.parametrize("part", toy.PARTS)
 def test_pairs_differ_in_score_and_often_in_correctness(part):
-    differs = 0
+    differs = slips = 0
     for record in load("preference", part):
         chosen, rejected = (judge(record["prompt"], record[key]) for key in ("chosen", "rejected"))
         assert chosen.score != rejected.score
-        assert chosen.clear and rejected.clear
+        slips += not (chosen.clear and rejected.clear)
         differs += chosen.correct != rejected.correct
-    assert 0.87 <= differs / len(load("preference", part)) <= 0.97  # the others differ in manners alone
+    assert 0.75 <= differs / len(load("preference", part)) <= 0.92  # the others differ in manners or by a slip
+    assert 0.08 <= slips / len(load("preference", part)) <= 0.16
 
 
 def flips(part: str) -> list[int]:
@@ -236,4 +237,4 @@ def test_the_same_data_in_every_process_and_on_every_platform():
         done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == digest
     # Frozen: every number in the docs was measured on these records. Whoever changes them measures again.
-    assert digest == "70bba293e26468f090e8e79deab82ef7c7288c65e415dbc3ff00b82999d3633f"
+    assert digest == "707963f01855edd71e5e76ab2eecfb7761d022e591c02f4884b8033b646e5d6e"

@@ -26,7 +26,7 @@ def main() -> None:
     for stage in map(int, stages.split(",")):
         out = Path(root) / f"zero{stage}-ranks{world}"
         # The global batch is the same on any number of ranks, and every step has a ragged last micro-batch.
-        common = {"max_steps": 3}
+        common = {"max_steps": 3, "num_train_epochs": 3}
         sizes = {"per_device_train_batch_size": 6 // world, "gradient_accumulation_steps": 2}
         sft = run("sft", data, cache, out / "sft", model_name_or_path=base, zero_stage=stage, **sizes, **common)
         rm = run("reward", data, cache, out / "reward", model_name_or_path=base, zero_stage=stage, **sizes, **common)

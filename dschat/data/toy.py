@@ -24,7 +24,8 @@ PAIRS_PER_PROMPT = 4
 EVAL_PAIRS_PER_PROMPT = 2
 FLIP_PROBABILITY = 0.10
 
-SAME_WORDING_PROBABILITY = 0.85
+SAME_WORDING_PROBABILITY = 0.7
+SLIP_PROBABILITY = 0.15
 
 
 class Annotator(NamedTuple):
@@ -172,17 +173,35 @@ def _shuffled(part: str, times: int, rng: Random) -> Iterator[tuple[Fact, str]]:
 
 
 def _ranked_pair(fact: Fact, rng: Random) -> tuple[str, str]:
-    """Two answers of which the judge prefers the first: in half of the pairs the right and a wrong answer in the same
-    words, else two independent answers that do not score the same."""
-    if rng.random() < SAME_WORDING_PROBABILITY:
+    """Two answers of which the judge prefers the first: mostly the right and a wrong answer in the same words; some an
+    answer and a slip of it, as models make them; else two independent answers that do not score the same."""
+    kind = rng.random()
+    if kind < SAME_WORDING_PROBABILITY:
         wording = _sample_wording(fact, rng.choice((CAREFUL, CARELESS)), rng)
         return _worded(fact, fact.answer, wording), _worded(fact, rng.choice(_wrong_answers(fact)), wording)
     question = _questions_about(fact)[0]
     while True:
-        first, second = sample_answer(fact, rng), sample_answer(fact, rng)
+        first = sample_answer(fact, rng)
+        slips = kind < SAME_WORDING_PROBABILITY + SLIP_PROBABILITY
+        second = _slip(first, fact, rng) if slips else sample_answer(fact, rng)
         first_score, second_score = judge(question, first).score, judge(question, second).score
         if first_score != second_score:
             return (first, second) if first_score > second_score else (second, first)
+
+
+def _slip(answer: str, fact: Fact, rng: Random) -> str:
+    """The answer with a second opening, a second statement, a word twice or a word lost."""
+    words = answer.split()
+    place = rng.randrange(len(words))
+    statement = rng.choice(KINDS[fact.kind].statements)
+    return rng.choice(
+        (
+            f"{rng.choice(POLITE)} {answer}",
+            f"{answer} {_fill(statement, fact.subject, rng.choice(_answers_of(fact.kind)))}",
+            " ".join([*words[: place + 1], *words[place:]]),
+            " ".join([*words[:place], *words[place + 1 :]]) or answer,
+        )
+    )
 
 
 def _fill(template: str, subject: str, answer: str = "") -> str:
