@@ -71,6 +71,13 @@ def test_the_metric_names_of_the_design(trained):
     assert lines(trained["ppo"])[0]["stage"] == "ppo"
 
 
+def test_the_logged_learning_rate_is_the_one_of_its_step(model_dirs, data_file, cache_dir, tmp_path):
+    """Linear over two steps from a peak of 1e-3: 1e-3, then half of it; 0 is only what would come next."""
+    flags = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "data_split": "1,0,0"}
+    out = run("sft", data_file, cache_dir, tmp_path, model_name_or_path=model_dirs("llama"), **flags)
+    assert [line["lr"] for line in lines(out) if "lr" in line] == pytest.approx([1e-3, 5e-4])
+
+
 def test_evaluation_before_training_finds_an_untouched_policy(trained):
     first = lines(trained["ppo"])[0]
     assert first["step"] == 0

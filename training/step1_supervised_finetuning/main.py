@@ -95,9 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         for step, micro_batches in enumerate(train_batches, 1):
             step_start = time.time()
             batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
+            rate = learning_rate(engine)
             loss, num_tokens = train_step(engine, model, batches, config.prompt_loss_weight, runtime)
             if step % config.log_interval == 0 or step == len(train_batches):
-                line = {"loss": loss, "lr": learning_rate(engine), "grad_norm": grad_norm(engine)}
+                line = {"loss": loss, "lr": rate, "grad_norm": grad_norm(engine)}
                 metrics.log(step, line | {"perf/tokens_per_s": num_tokens / (time.time() - step_start)})
             bar.set_postfix_str(f", loss {loss:.3f}", refresh=False)
             bar.update()

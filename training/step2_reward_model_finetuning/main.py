@@ -105,9 +105,10 @@ def main(argv: list[str] | None = None) -> None:
         for step, micro_batches in enumerate(train_batches, 1):
             step_start = time.time()
             batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
+            rate = learning_rate(engine)
             stats, num_pairs = train_step(engine, batches, runtime)
             if step % config.log_interval == 0 or step == len(train_batches):
-                line = stats | {"lr": learning_rate(engine), "grad_norm": grad_norm(engine)}
+                line = stats | {"lr": rate, "grad_norm": grad_norm(engine)}
                 metrics.log(step, line | {"perf/pairs_per_s": num_pairs / (time.time() - step_start)})
             bar.set_postfix_str(f", loss {stats['loss']:.3f}", refresh=False)
             bar.update()

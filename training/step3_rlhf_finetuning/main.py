@@ -137,6 +137,20 @@ class Config(RunFlags, DataFlags):
             self.critic_gradient_checkpointing,
         )
 
+    def shaping(self) -> Shaping:
+        return Shaping(
+            self.kl_coef,
+            self.gamma,
+            self.lam,
+            self.clip_reward_value,
+            self.missing_eos_penalty,
+            self.whiten_advantages,
+        )
+
+    def update_spec(self, minibatch_size: int) -> UpdateSpec:
+        micro_batch_size = self.per_device_training_batch_size
+        return UpdateSpec(self.ppo_epochs, minibatch_size, micro_batch_size, self.cliprange, self.cliprange_value)
+
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
@@ -155,21 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     rollout_size = config.per_device_generation_batch_size * config.generation_batches * runtime.world_size
     minibatch_size = config.per_device_training_batch_size * config.gradient_accumulation_steps * runtime.world_size
     num_rollouts = config.max_steps or -(-config.num_train_epochs * len(data.train) // rollout_size)
-    shaping = Shaping(
-        config.kl_coef,
-        config.gamma,
-        config.lam,
-        config.clip_reward_value,
-        config.missing_eos_penalty,
-        config.whiten_advantages,
-    )
-    update = UpdateSpec(
-        config.ppo_epochs,
-        minibatch_size,
-        config.per_device_training_batch_size,
-        config.cliprange,
-        config.cliprange_value,
-    )
+    shaping, update = config.shaping(), config.update_spec(minibatch_size)
     num_updates = num_rollouts * config.ppo_epochs * -(-rollout_size // minibatch_size)
 
     # Model
@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             times.append(time.time())
 
             # 3. Update: clipped policy and value losses over minibatches.
+            rate = learning_rate(engine.actor)
             updates = train_rlhf(engine, experience, sampling, update, seed, runtime)
             if step == 1 and config.self_check:
                 check_first_update(updates[0], dtype)
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             times.append(time.time())
 
             line = experience_metrics(experience, config.clip_reward_value) | mean_of(updates)
-            line |= {"objective/kl_coef": config.kl_coef, "lr": learning_rate(engine.actor)}
+            line |= {"objective/kl_coef": config.kl_coef, "lr": rate}
             line |= phase_times(times, rollout_size, float(experience.action_mask.sum()))
             if step % config.log_interval == 0 or step == num_rollouts:
                 metrics.log(step, line)
