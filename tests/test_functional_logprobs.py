@@ -1,16 +1,16 @@
-"""Log-probabilities, entropies and divergences against Python floats and exact enumeration."""
+"""Log-probabilities and entropies against Python floats, and their gradients against float64 autograd."""
 
 import math
 
 import dschat.functional.logprobs as logprobs_module
-from dschat.functional import entropy, full_kl, kl_penalty, token_logprobs
+from dschat.functional import entropy, full_kl, token_logprobs
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 NAN, INF = math.nan, math.inf
-LN2, LN3 = math.log(2), math.log(3)
+LN3 = math.log(3)
 
 
 def log_softmax(row):
@@ -117,88 +117,55 @@ def test_a_banned_token_contributes_nothing(banned):
     assert logits.grad[0, 0].tolist() == pytest.approx([0.4119796, 0.0, -0.4119796, 0.0], abs=1e-6)
 
 
-def test_full_kl_by_hand_and_its_direction():
-    policy, reference = torch.tensor([[[0.0, LN3]]]), torch.tensor([[[1.0, 1.0]]])
-    # p = (1/4, 3/4), q = (1/2, 1/2): 1/4 ln 1/2 + 3/4 ln 3/2; the other way round 1/2 ln 2 + 1/2 ln 2/3.
-    assert full_kl(policy, reference).item() == pytest.approx(0.1308120, rel=1e-5)
-    assert full_kl(reference, policy).item() == pytest.approx(0.1438410, rel=1e-5)
-    assert_close(full_kl(policy, policy + 7), torch.zeros(1, 1))
+@pytest.mark.parametrize("block", [1, 8, 2**20])
+def test_entropy_and_its_gradient_in_blocks(random_logits, monkeypatch, block):
+    # Blocks of one position, of two and of everything; the slice is not contiguous, as after a prompt.
+    monkeypatch.setattr(logprobs_module, "_CPU_BLOCK", block)
+    logits = random_logits.requires_grad_()
+    upstream = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    uncertainty = entropy(logits[:, 1:-1])
+    uncertainty.backward(upstream)
+    exact = logits.detach().double().requires_grad_()
+    logp = exact[:, 1:-1].log_softmax(-1)
+    expected = -(logp.exp() * logp).sum(-1)
+    expected.backward(upstream.double())
+    assert_close(uncertainty, expected.float(), rtol=1e-5, atol=1e-5)
+    assert_close(logits.grad, exact.grad.float(), rtol=1e-4, atol=1e-6)
+    assert uncertainty[2, 1].item() == pytest.approx(
+        -math.fsum(math.exp(p) * p for p in log_softmax(logits[2, 2].tolist())), abs=1e-5
+    )
 
 
-def test_full_kl_where_only_one_side_bans():
-    free, banning = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, -INF]]])
-    assert full_kl(free, banning).item() == INF
-    assert full_kl(banning, free).item() == pytest.approx(LN2)
+def test_entropy_of_bfloat16_is_float32_arithmetic():
+    logits = torch.tensor([[[0.0, 1.0, 3.0]]], dtype=torch.bfloat16, requires_grad=True)
+    logp = log_softmax([0, 1, 3])
+    uncertainty = entropy(logits)
+    assert uncertainty.dtype == torch.float32
+    h = -sum(math.exp(p) * p for p in logp)
+    assert uncertainty.item() == pytest.approx(h, rel=1e-5)
+    uncertainty.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
+    assert logits.grad[0, 0].tolist() == pytest.approx([-math.exp(p) * (p + h) for p in logp], rel=5e-3)
 
 
-def test_full_kl_and_entropy_in_blocks(random_logits, monkeypatch):
-    reference = random_logits.flip(0)
-    monkeypatch.setattr(logprobs_module, "_CPU_BLOCK", 8)
-    kl, uncertainty = full_kl(random_logits, reference), entropy(random_logits)
-    for b in range(3):
-        for r in range(5):
-            logp, logq = log_softmax(random_logits[b, r].tolist()), log_softmax(reference[b, r].tolist())
-            expected = math.fsum(math.exp(p) * (p - q) for p, q in zip(logp, logq, strict=True))
-            assert kl[b, r].item() == pytest.approx(expected, abs=1e-5)
-            assert uncertainty[b, r].item() == pytest.approx(-math.fsum(math.exp(p) * p for p in logp), abs=1e-5)
+def test_entropy_of_a_certain_distribution_is_zero_and_flat():
+    # A probability that underflows to 0 counts as 0, not as 0 * -inf.
+    logits = torch.tensor([[[0.0, -1e4, -INF], [3e38, -3e38, 0.0]]], requires_grad=True)
+    uncertainty = entropy(logits)
+    uncertainty.sum().backward()
+    assert uncertainty.tolist() == [[0.0, 0.0]]
+    assert logits.grad.abs().max() == 0
 
 
-def test_entropy_and_full_kl_of_bfloat16_are_float32_arithmetic():
-    logits = torch.tensor([[[0.0, 1.0, 3.0]]], dtype=torch.bfloat16)
-    reference = torch.tensor([[[2.0, 1.0, 0.0]]], dtype=torch.bfloat16)
-    logp, logq = log_softmax([0, 1, 3]), log_softmax([2, 1, 0])
-    assert entropy(logits).dtype == full_kl(logits, reference).dtype == torch.float32
-    assert entropy(logits).item() == pytest.approx(-sum(math.exp(p) * p for p in logp), rel=1e-5)
-    expected = sum(math.exp(p) * (p - q) for p, q in zip(logp, logq, strict=True))
-    assert full_kl(logits, reference).item() == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+def test_entropy_keeps_unused_rows_out_of_the_gradient(garbage):
+    logits = torch.tensor([[[0.0, LN3], [garbage, 0.0], [garbage, garbage]]], requires_grad=True)
+    torch.where(torch.tensor([[True, False, False]]), entropy(logits), 0.0).sum().backward()
+    expected = torch.tensor([[[0.2059898, -0.2059898], [0.0, 0.0], [0.0, 0.0]]])
+    assert_close(logits.grad, expected, rtol=1e-5, atol=0)
 
 
-def test_full_kl_refuses_shapes_that_disagree():
-    with pytest.raises(ValueError, match="reference"):
-        full_kl(torch.zeros(1, 2, 4), torch.zeros(1, 1, 4))
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [  # for d = 0.5, -0.5 and 0
-        ("kl", [0.5, -0.5, 0.0]),
-        ("abs", [0.5, 0.5, 0.0]),
-        ("mse", [0.125, 0.125, 0.0]),
-        ("k3", [0.1065307, 0.1487213, 0.0]),  # e^-0.5 - 1 + 0.5 and e^0.5 - 1 - 0.5
-    ],
-)
-def test_kl_penalty_by_hand(kind, expected):
-    penalty = kl_penalty(torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-1.5, -1.5, -3.0]]), kind)
-    assert penalty[0].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_kl_penalty_is_exact_for_small_and_not_clamped_for_large_differences():
-    # k3 = d^2 / 2 - ... = 5e-9 at d = 1e-4, which exp(-d) - 1 + d in float32 would drown in 6e-8 of rounding.
-    assert kl_penalty(torch.tensor([1e-4]), torch.tensor([0.0]), "k3").item() == pytest.approx(5e-9, rel=1e-2)
-    assert kl_penalty(torch.tensor([-1.0]), torch.tensor([-101.0]), "kl").item() == 100.0
-    assert kl_penalty(torch.tensor([-31.0]), torch.tensor([-1.0]), "k3").item() == pytest.approx(math.exp(30) - 31)
-
-
-def test_kl_penalty_of_bfloat16_is_float32_arithmetic():
-    # 257 / 256 needs nine bits: in bfloat16 the difference would be 1.
-    logp, ref = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([-0.00390625], dtype=torch.bfloat16)
-    assert kl_penalty(logp, ref, "kl").item() == 1.00390625
-
-
-def test_kl_penalty_refuses():
-    with pytest.raises(ValueError, match="unknown KL penalty 'k2': choose kl, abs, mse or k3"):
-        kl_penalty(torch.zeros(1, 2), torch.zeros(1, 2), "k2")
-    with pytest.raises(ValueError, match="reference"):
-        kl_penalty(torch.zeros(2), torch.zeros(2, 1), "kl")
-
-
-def test_the_estimators_average_to_the_full_divergence():
-    """E under the policy of k1 and of k3 is KL(policy || reference): every token of a vocabulary of 4, weighted."""
-    policy, reference = torch.tensor([0.3, -1.0, 2.0, 0.5]), torch.tensor([1.0, 0.0, 0.5, -2.0])
-    ids = torch.arange(4)[None]
-    logp = token_logprobs(policy.expand(1, 4, 4), ids)
-    logq = token_logprobs(reference.expand(1, 4, 4), ids)
-    divergence = full_kl(policy.view(1, 1, 4), reference.view(1, 1, 4)).item()
-    for kind in ("kl", "k3"):
-        weighted = [math.exp(p) * k for p, k in zip(logp[0].tolist(), kl_penalty(logp, logq, kind)[0], strict=True)]
-        assert float(sum(weighted)) == pytest.approx(divergence, rel=1e-5)
+def test_entropy_of_no_positions():
+    logits = torch.zeros(2, 0, 4, requires_grad=True)
+    entropy(logits).sum().backward()
+    assert logits.grad.shape == (2, 0, 4)

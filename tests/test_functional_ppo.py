@@ -12,11 +12,11 @@ NAN, INF = math.nan, math.inf
 T, F = True, False
 
 
-def policy_case(ratio, advantage, cliprange=0.2):
+def policy_case(ratio, advantage, cliprange=0.2, **kwargs):
     """Loss and slope of one token whose new probability is `ratio` times the old."""
     logprobs = torch.tensor([[math.log(ratio) - 3.0]], requires_grad=True)
     loss, stats = ppo_policy_loss(
-        logprobs, torch.tensor([[-3.0]]), torch.tensor([[advantage]]), torch.tensor([[T]]), cliprange
+        logprobs, torch.tensor([[-3.0]]), torch.tensor([[advantage]]), torch.tensor([[T]]), cliprange, **kwargs
     )
     loss.backward()
     return loss.item(), logprobs.grad.item(), stats
@@ -52,6 +52,71 @@ def test_policy_loss_at_the_corners(ratio, advantage, loss, slope):
 def test_policy_loss_respects_its_cliprange():
     assert policy_case(1.3, 1.0, cliprange=0.25)[0] == pytest.approx(-1.25)
     assert policy_case(0.5, -1.0, cliprange=0.4)[0] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual_clip", "loss", "slope", "dual"),
+    [
+        (2.9, -2.0, 3.0, 5.8, 5.8, 0.0),  # just inside
+        (3.1, -2.0, 3.0, 6.0, 0.0, 1.0),  # just outside: no more pull
+        (50.0, -2.0, 3.0, 6.0, 0.0, 1.0),
+        (1.0, -2.0, 3.0, 2.0, 2.0, 0.0),
+        (0.5, -2.0, 3.0, 1.6, 0.0, 0.0),  # the first clip alone
+        (50.0, 2.0, 3.0, -2.4, 0.0, 0.0),  # not for A > 0, which the first clip bounds
+        (1.0, 2.0, 3.0, -2.0, -2.0, 0.0),
+        (1.15, -2.0, 1.1, 2.2, 0.0, 1.0),  # tighter than the first clip
+        (1.7, 0.0, 3.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_dual_clip_at_the_corners(ratio, advantage, dual_clip, loss, slope, dual):
+    value, gradient, stats = policy_case(ratio, advantage, dual_clip=dual_clip)
+    assert value == pytest.approx(loss, rel=1e-5)
+    assert gradient == pytest.approx(slope, rel=1e-5)
+    assert stats["dual_clip_fraction"].item() == dual
+    assert stats["clip_fraction"].item() == (1.0 if advantage and slope == 0 else 0.0)
+
+
+def test_dual_clip_on_its_edge_is_still_followed():
+    edge = torch.tensor(1.0).exp().item()
+    logprobs = torch.tensor([[1.0]], requires_grad=True)
+    loss, stats = ppo_policy_loss(
+        logprobs, torch.zeros(1, 1), -torch.ones(1, 1), torch.tensor([[T]]), 0.2, dual_clip=edge
+    )
+    loss.backward()
+    assert loss.item() == logprobs.grad.item() == edge
+    assert stats["clip_fraction"].item() == stats["dual_clip_fraction"].item() == 0.0
+
+
+def test_dual_clip_of_a_ragged_batch_is_the_objective_of_the_paper():
+    generator = torch.Generator().manual_seed(4)
+    logprobs, old, advantages = (torch.randn(6, 5, generator=generator) * 1.5 for _ in range(3))
+    mask = torch.rand(6, 5, generator=generator) < 0.7
+    logprobs[~mask], old[~mask], advantages[~mask] = NAN, INF, NAN
+    logprobs.requires_grad_()
+    loss, stats = ppo_policy_loss(logprobs, old, advantages, mask, 0.2, dual_clip=2.0, denominator=10)
+    loss.backward()
+    objectives, dual, removed = [], 0, 0
+    for new, before, a in zip(*(x[mask].tolist() for x in (logprobs, old, advantages)), strict=True):
+        r = math.exp(new - before)
+        clipped = min(max(r, 0.8), 1.2) * a
+        objective = max(min(r * a, clipped), 2.0 * a) if a < 0 else min(r * a, clipped)  # eq. 3
+        objectives.append(objective)
+        dual += a < 0 and r > 2.0
+        removed += objective != r * a
+    assert 0 < dual < removed < len(objectives)
+    assert loss.item() == pytest.approx(-math.fsum(objectives) / 10, rel=1e-5)
+    assert stats["dual_clip_fraction"].item() == pytest.approx(dual / len(objectives))
+    assert stats["clip_fraction"].item() == pytest.approx(removed / len(objectives))
+    assert (logprobs.grad == 0).sum().item() == removed + (~mask).sum().item()
+    plain_loss, plain_stats = ppo_policy_loss(logprobs, old, advantages, mask, 0.2, denominator=10)
+    assert plain_loss > loss
+    assert set(stats) - set(plain_stats) == {"dual_clip_fraction"}
+
+
+@pytest.mark.parametrize("dual_clip", [1.0, 0.5, 0.0, -3.0, NAN])
+def test_dual_clip_refuses_what_would_clip_the_first_step(dual_clip):
+    with pytest.raises(ValueError, match="above 1"):
+        policy_case(1.0, 1.0, dual_clip=dual_clip)
 
 
 def test_policy_loss_and_stats_of_a_ragged_batch():

@@ -1,4 +1,4 @@
-"""Log-probabilities, entropies and divergences, in nats and float32, from logits.
+"""Log-probabilities and entropies, in nats and float32, from logits.
 
 Logits are the largest tensors of a step (B x R x V), so they are read block by block: the float32 copies that the
 sums over the vocabulary need are never larger than one block, and a slice such as `logits[:, -R - 1 : -1]` is not
@@ -18,7 +18,7 @@ _CPU_BLOCK = 2**20
 _DEVICE_BLOCK = 2**25
 
 
-def _blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
     """Index pairs that cut (B, R, V) logits into blocks of bounded size, the vocabulary whole."""
     batch, length, vocab = logits.shape
     positions = max(1, (_CPU_BLOCK if logits.is_cpu else _DEVICE_BLOCK) // vocab)
@@ -27,6 +27,13 @@ def _blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
     for i in range(0, batch, rows):
         for j in range(0, length, columns):
             yield slice(i, i + rows), slice(j, j + columns)
+
+
+def distribution(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-probabilities of a block in float32; where p is 0, log p is 0 too (not -inf)."""
+    logp = logits.log_softmax(dim=-1, dtype=torch.float32)
+    p = logp.exp()
+    return p, logp.masked_fill_(p == 0, 0.0)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -40,7 +47,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, token_ids: Tensor) -> Tensor:
         ctx.save_for_backward(logits, token_ids)
         result = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
-        for block in _blocks(logits):
+        for block in blocks(logits):
             logp = logits[block].log_softmax(dim=-1, dtype=torch.float32)
             result[block] = logp.gather(-1, token_ids[block][..., None]).squeeze(-1)
         return result
@@ -50,7 +57,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, token_ids = ctx.saved_tensors
         result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        for block in _blocks(logits):
+        for block in blocks(logits):
             upstream = gradient[block][..., None]
             softmax = logits[block].softmax(dim=-1, dtype=torch.float32)
             by_logit = softmax.mul_(-upstream).scatter_add_(-1, token_ids[block][..., None], upstream)
@@ -82,78 +89,45 @@ def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     return flat.reshape(token_ids.shape)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of each position's distribution, -sum_v p_v log p_v, in nats.
+class _Entropy(torch.autograd.Function):
+    """-sum_v p_v log p_v, keeping for the backward pass nothing but the logits themselves.
 
-    A token of probability 0 (logit -inf or the dtype's minimum) contributes 0.
+    d/dlogits_v = -gradient * p_v * (log p_v + H). A gradient of 0 is handled as in `_TokenLogprobs`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        result = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+        for block in blocks(logits):
+            p, logp = distribution(logits[block])
+            result[block] = -(p * logp).sum(dim=-1)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        for block in blocks(logits):
+            upstream = gradient[block][..., None]
+            p, logp = distribution(logits[block])
+            minus_entropy = (p * logp).sum(dim=-1, keepdim=True)
+            by_logit = (logp - minus_entropy).mul_(p).mul_(-upstream)
+            result[block] = by_logit.masked_fill_(upstream == 0, 0.0)
+        return result
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of each position's distribution, -sum_v p_v log p_v, in nats. Differentiable once.
+
+    A token of probability 0 (logit -inf or the dtype's minimum) contributes 0 to the value and to the gradient.
 
     Args:
         logits: (B, R, V), any floating dtype.
 
     Returns:
-        (B, R) float32, between 0 and log V.
+        (B, R) float32, between 0 and log V. Where a mask leaves a position out (its incoming gradient is 0), the
+        gradient of its logits is exactly 0, non-finite ones included.
     """
-    result = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
-    for block in _blocks(logits):
-        logp = logits[block].log_softmax(dim=-1, dtype=torch.float32)
-        p = logp.exp()
-        result[block] = -(p * torch.where(p > 0, logp, 0.0)).sum(dim=-1)
-    return result
-
-
-def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(policy || reference) of each position, sum_v p_v (log p_v - log q_v) over the whole vocabulary, in nats.
-
-    A token of probability 0 under the policy (banned in both, say) contributes 0; one that only the reference bans
-    makes the divergence infinite.
-
-    Args:
-        logits: (B, R, V) of the policy.
-        ref_logits: (B, R, V) of the reference.
-
-    Returns:
-        (B, R) float32, at least 0 up to rounding.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if logits.shape != ref_logits.shape:
-        raise ValueError(f"logits of shape {tuple(logits.shape)}, reference {tuple(ref_logits.shape)}")
-    result = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
-    for block in _blocks(logits):
-        logp = logits[block].log_softmax(dim=-1, dtype=torch.float32)
-        logq = ref_logits[block].log_softmax(dim=-1, dtype=torch.float32)
-        p = logp.exp()
-        result[block] = (p * (torch.where(p > 0, logp, 0.0) - torch.where(p > 0, logq, 0.0))).sum(dim=-1)
-    return result
-
-
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from the sampled tokens alone, in nats; not clamped.
-
-    With d = logprobs - ref_logprobs: "kl" d (k1: unbiased, either sign), "abs" |d|, "mse" d^2 / 2 (k2),
-    "k3" exp(-d) - 1 + d (unbiased, never negative). Source: http://joschu.net/blog/kl-approx.html, whose r is exp(-d).
-
-    Args:
-        logprobs: (B, R) of the policy that sampled the tokens.
-        ref_logprobs: (B, R) of the reference.
-        kind: "kl", "abs", "mse" or "k3".
-
-    Returns:
-        (B, R) float32.
-
-    Raises:
-        ValueError: unknown `kind`, or the shapes differ.
-    """
-    if logprobs.shape != ref_logprobs.shape:
-        raise ValueError(f"logprobs of shape {tuple(logprobs.shape)}, reference {tuple(ref_logprobs.shape)}")
-    d = logprobs.float() - ref_logprobs.float()
-    if kind == "kl":
-        return d
-    if kind == "abs":
-        return d.abs()
-    if kind == "mse":
-        return d.square() / 2
-    if kind == "k3":
-        return torch.expm1(-d) + d
-    raise ValueError(f"unknown KL penalty {kind!r}: choose kl, abs, mse or k3")
+    return _Entropy.apply(logits)

@@ -18,11 +18,14 @@ def ppo_policy_loss(
     action_mask: Tensor,
     cliprange: float,
     *,
+    dual_clip: float | None = None,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
     """Clipped surrogate objective, negated: mean of max(-A * ratio, -A * clip(ratio, 1 - c, 1 + c)) over the actions.
 
-    ratio = exp(logprobs - old_logprobs); Schulman et al. 2017, eq. 7. Only `logprobs` receives a gradient.
+    ratio = exp(logprobs - old_logprobs); Schulman et al. 2017, eq. 7. With `dual_clip` d, the loss of an action with
+    A < 0 is at most -A * d, so that one action made far likelier since it was sampled cannot rule the batch: Ye et
+    al. 2020 (arXiv 1912.09729), eq. 3. Only `logprobs` receives a gradient.
 
     Args:
         logprobs: (B, R) nats, of the policy being trained.
@@ -30,33 +33,47 @@ def ppo_policy_loss(
         advantages: (B, R), whitened or not.
         action_mask: (B, R), True on response tokens up to and including EOS.
         cliprange: c.
+        dual_clip: d, a ratio above 1 (3 in the paper); none by default.
         denominator: default the number of actions.
 
     Returns:
         The loss; stats `approx_kl` (KL(old || new) in nats per action, mean of ratio - 1 - log ratio, the k3 of
-        http://joschu.net/blog/kl-approx.html), `clip_fraction` (share of actions whose gradient the clip removes),
-        `ratio_mean`, `ratio_max` (0 if there is no action) and `num_tokens`.
+        http://joschu.net/blog/kl-approx.html), `clip_fraction` (share of actions whose gradient a clip removes),
+        `ratio_mean`, `ratio_max` (0 if there is no action), `num_tokens`, and with `dual_clip` `dual_clip_fraction`
+        (share of actions whose gradient the dual clip removes; they are part of `clip_fraction`).
 
     Raises:
         TypeError: `action_mask` is not bool.
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or `dual_clip` is not above 1.
     """
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip is the ratio that ends a loss: it must be above 1, not {dual_clip}")
     old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
     log_ratio = (select(logprobs, action_mask) - select(old_logprobs, action_mask)).clamp(max=_MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     kept_advantages = select(advantages, action_mask)
     unclipped = -kept_advantages * ratio
     clipped = -kept_advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    losses = torch.maximum(unclipped, clipped)
+    no_gradient = clipped > unclipped
+    dual_stats = {}
+    if dual_clip is not None:
+        ceiling = -kept_advantages * dual_clip
+        too_high = (kept_advantages < 0) & (losses > ceiling)
+        losses = torch.where(too_high, ceiling, losses)
+        no_gradient = no_gradient | too_high
+        dual_stats["dual_clip_fraction"] = masked_mean(too_high, action_mask)
     num_tokens = action_mask.sum()
     # Positions outside the mask have advantage 0, and so loss 0.
-    loss = divide(torch.maximum(unclipped, clipped).sum(), num_tokens, denominator)
+    loss = divide(losses.sum(), num_tokens, denominator)
     kept_ratio = select(ratio, action_mask)
     return loss, detached(
         approx_kl=masked_mean(torch.expm1(log_ratio) - log_ratio, action_mask),
-        clip_fraction=masked_mean(clipped > unclipped, action_mask),
+        clip_fraction=masked_mean(no_gradient, action_mask),
         ratio_mean=masked_mean(ratio, action_mask),
         ratio_max=kept_ratio.max() if kept_ratio.numel() else kept_ratio.sum(),
         num_tokens=num_tokens,
+        **dual_stats,
     )
 
 
@@ -103,9 +120,8 @@ def ppo_value_loss(
     loss = divide(0.5 * torch.maximum(unclipped, clipped).sum(), num_tokens, denominator)
     residual_variance = masked_variance(kept_values.detach() - kept_returns, action_mask)
     variance = masked_variance(kept_returns, action_mask)
-    varies = variance > 0
     return loss, detached(
         value_clip_fraction=masked_mean(clipped > unclipped, action_mask),
-        explained_variance=torch.where(varies, 1 - residual_variance / torch.where(varies, variance, 1.0), 0.0),
+        explained_variance=torch.where(variance > 0, 1 - residual_variance / variance, 0.0),
         num_tokens=num_tokens,
     )

@@ -1,5 +1,7 @@
 """What the losses share: the division by a count, the dict of statistics, the check of shapes."""
 
+from dschat.functional.masks import select
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,24 @@ def divide(total: Tensor, own_count: Tensor, denominator: Tensor | float | None)
     chosen = own_count if denominator is None else denominator
     chosen = torch.as_tensor(chosen, dtype=torch.float32, device=total.device)
     return total / torch.where(own_count > 0, chosen, 1.0)
+
+
+def token_mean(x: Tensor, action_mask: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:
+    """Sum of `x` over the actions, divided by a count: a per-token KL or entropy as a term of the policy's loss.
+
+    Args:
+        x: (B, R), differentiable.
+        action_mask: (B, R), True = counts.
+        denominator: default the number of actions; a program passes that of the whole optimizer step.
+
+    Returns:
+        A float32 scalar in the unit of `x`; 0 on a connected graph, with zero gradients, when nothing counts.
+
+    Raises:
+        TypeError: `action_mask` is not bool.
+        ValueError: the shapes differ.
+    """
+    return divide(select(x, action_mask).sum(), action_mask.sum(), denominator)
 
 
 def detached(**stats: Tensor) -> Stats:
