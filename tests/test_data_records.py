@@ -1,5 +1,7 @@
 """Every record shape against a typed-in example, and what is refused with which words."""
 
+import json
+
 from dschat.data.records import RecordError, parse_transcript, to_example
 
 import pytest
@@ -189,7 +191,10 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name):
     record, prompt, responses, ranks = GOLDEN[name]
-    assert to_example(record) == {"prompt": prompt, "responses": responses, "ranks": ranks, "margin": None}
+    expected = {"prompt": prompt, "responses": responses, "ranks": ranks, "margin": None, "metadata": ""}
+    assert to_example(record) == expected
+    kept = to_example(record | {"metadata": {"b": [1, None], "a": "é"}})
+    assert kept == expected | {"metadata": '{"a":"é","b":[1,null]}'}
 
 
 def test_margin_is_a_number_or_not_given():
@@ -198,6 +203,42 @@ def test_margin_is_a_number_or_not_given():
     assert to_example(pair | {"margin": ""})["margin"] is None
     with pytest.raises(RecordError, match='"margin" must be a number'):
         to_example(pair | {"margin": float("nan")})
+
+
+METADATA = {
+    "none": (None, ""),
+    "no keys": ({}, ""),
+    "every JSON type, keys sorted inside too": (
+        {"z": {"d": 1, "c": [True, None, 1.5, "x"]}, "a": ""},
+        '{"a":"","z":{"c":[true,null,1.5,"x"],"d":1}}',
+    ),
+    "a cell of a .csv": (' {"b": 1,\n"a": 2} ', '{"a":2,"b":1}'),
+    "an empty cell": ("", ""),
+    "an empty object in a cell": ("{}", ""),
+    "a pattern": ({"masked_pattern": r"(?s)<think>.*?</think>"}, r'{"masked_pattern":"(?s)<think>.*?</think>"}'),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_is_compact_json_with_sorted_keys(name):
+    value, expected = METADATA[name]
+    assert to_example({"prompt": "a", "metadata": value})["metadata"] == expected
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=st.dictionaries(st.text(max_size=5), json_values, max_size=4))
+def test_metadata_comes_back_as_it_was(value):
+    text = to_example({"prompt": "a", "metadata": value})["metadata"]
+    assert json.loads(text or "{}") == value
+    shuffled = dict(reversed(value.items()))
+    assert to_example({"prompt": "a", "metadata": json.dumps(shuffled)})["metadata"] == text
 
 
 REFUSED = {
@@ -241,6 +282,38 @@ REFUSED = {
     "history not pairs": ({"instruction": "a", "output": "b", "history": [["x"]]}, "question, answer"),
     "two systems": ({"messages": [system("a"), *Q], "system": "b"}, "two system messages"),
     "lone surrogate": ({"prompt": "a\ud800", "response": "b"}, "not UTF-8"),
+    "metadata as a list": (
+        {"prompt": "a", "metadata": [1]},
+        '"metadata" must be an object with keys, found list; mend',
+    ),
+    "metadata as an empty list": ({"prompt": "a", "metadata": []}, "an object with keys, found list"),
+    "metadata as a number": ({"prompt": "a", "metadata": 0}, "an object with keys, found int"),
+    "metadata as text": ({"prompt": "a", "metadata": "fast"}, "an object that JSON can hold .Expecting value"),
+    "metadata as JSON text of a list": ({"prompt": "a", "metadata": "[1]"}, "an object with keys, found list"),
+    "NaN in metadata": ({"prompt": "a", "metadata": {"x": [float("nan")]}}, "JSON can hold .*mend it or remove the"),
+    "NaN in metadata as text": ({"prompt": "a", "metadata": '{"x": NaN}'}, "that JSON can hold"),
+    "infinity in metadata": ({"prompt": "a", "metadata": {"x": float("-inf")}}, "that JSON can hold"),
+    "bytes in metadata": ({"prompt": "a", "metadata": {"x": b"a"}}, "JSON can hold .*bytes is not JSON serializable"),
+    "metadata nested without end": ({"prompt": "a", "metadata": "[" * 100_000}, "that JSON can hold .*recursion"),
+    "lone surrogate in metadata": ({"prompt": "a", "metadata": {"x": "\ud800"}}, '"metadata" holds bytes .*not UTF-8'),
+    "responses in metadata": (
+        {"prompt": "a", "metadata": {"responses": []}},
+        '"metadata" must not hold "responses".*rename that key',
+    ),
+    "open group in a pattern": (
+        {"prompt": "a", "metadata": {"masked_pattern": "<think>(\n"}},
+        r'"masked_pattern" of "metadata" is not a regular expression \(missing \).*mend it',
+    ),
+    "pattern of too many repetitions": (
+        {"prompt": "a", "metadata": {"masked_pattern": "a{99999999999999999999}"}},
+        "not a regular expression .the repetition number is too large",
+    ),
+    "pattern nested without end": (
+        {"prompt": "a", "metadata": {"masked_pattern": "(" * 5000}},
+        "not a regular expression .*recursion",
+    ),
+    "pattern as a list": ({"prompt": "a", "metadata": {"masked_pattern": ["a"]}}, "must be text, found list"),
+    "pattern of none": ({"prompt": "a", "metadata": {"masked_pattern": None}}, "must be text, found NoneType"),
 }
 
 

@@ -43,15 +43,20 @@ def test_parse_source():
             parse_source(bad)
 
 
+CELL = ',"{""limit"": 0.5, ""tests"": [""1 < 2"", ""é""]}"'
+
+
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, load):
     records = [pair(n) for n in range(3)] + [{"prompt": "a,\nb", "chosen": 'é "x"', "rejected": ""}]
+    for record in records:
+        record["metadata"] = {"tests": ["1 < 2", "é"], "limit": 0.5}
     write(tmp_path / "a.jsonl", records)
     (tmp_path / "lines.json").write_text((tmp_path / "a.jsonl").read_text())
     (tmp_path / "list.json").write_text(" \n" + json.dumps(records, indent=1))
     (tmp_path / "a.csv").write_text(
-        "prompt,chosen,rejected\n"
-        + "".join(f"question {n},good {n},bad {n}\n" for n in range(3))
-        + '"a,\nb","é ""x""",\n',
+        "prompt,chosen,rejected,metadata\n"
+        + "".join(f"question {n},good {n},bad {n}{CELL}\n" for n in range(3))
+        + f'"a,\nb","é ""x""",{CELL}\n',
         encoding="utf-8",
     )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
@@ -59,7 +64,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, load):
     expected = None
     for name in ("a.jsonl", "lines.json", "list.json", "a.csv", "a.parquet", "folder"):
         table, counter = load(tmp_path / name)
-        rows = [{key: row[key] for key in ("prompt", "responses", "ranks", "margin")} for row in table]
+        rows = [{key: row[key] for key in ("prompt", "responses", "ranks", "margin", "metadata")} for row in table]
         expected = expected or rows
         assert rows == expected and not counter, name
         assert table[0]["source"] == str(tmp_path / name)
@@ -68,6 +73,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, load):
         "responses": ['é "x"', ""],
         "ranks": [1, 2],
         "margin": None,
+        "metadata": '{"limit":0.5,"tests":["1 < 2","é"]}',
     }
 
 
@@ -92,6 +98,10 @@ BAD_FILES = {
     "empty answer": ("a.jsonl", GOOD + b'\n\n{"prompt": "a", "response": " "}\n', 3, "the answer is empty"),
     "broken line in the middle": ("a.jsonl", GOOD + b'\n{"prompt": "a"\n' + GOOD, 2, "not JSON"),
     "bad UTF-8": ("a.jsonl", GOOD + b'\n{"prompt": "\xff", "response": "b"}\n', 2, "not UTF-8 .byte 13"),
+    "metadata that is no object": ("a.jsonl", GOOD + b'\n{"prompt": "a", "metadata": 3}\n', 2, "object with keys"),
+    "NaN in metadata": ("a.jsonl", GOOD + b'\n{"prompt": "a", "metadata": {"x": NaN}}\n', 2, "object that JSON can"),
+    "bad UTF-8 in metadata": ("a.json", b'[{"prompt": "a", "metadata": {"x": "\xff"}}]', 1, "not UTF-8"),
+    "bad pattern": ("a.csv", b'prompt,metadata\na,"{""masked_pattern"": ""(""}"\n', 2, "not a regular expression"),
     "a list on a line": ("a.jsonl", GOOD + b"\n[1]\n", 2, "must be a JSON object with keys, found list"),
     "empty file": ("a.jsonl", b"", 1, "the file is empty"),
     "only blank lines": ("a.json", b"\n \n", 1, "the file is empty"),

@@ -21,8 +21,8 @@ def turns(*texts):
 
 
 def examples(*rows):
-    columns = {name: FEATURES[name] for name in ("prompt", "responses", "ranks", "margin", "source")}
-    rows = [{"margin": None, "source": "s", "responses": [], "ranks": []} | row for row in rows]
+    columns = {name: FEATURES[name] for name in ("prompt", "responses", "ranks", "margin", "metadata", "source")}
+    rows = [{"margin": None, "metadata": "", "source": "s", "responses": [], "ranks": []} | row for row in rows]
     return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
 
 
@@ -104,11 +104,55 @@ def test_prompts():
     table, counter = tokenize_prompts(examples(*rows), TOKENIZER, 30)
     assert [text(ids) for ids in table["prompt_ids"]] == [f"\n\nHuman: {q}\n\nAssistant:" for q in "qrc"]
     assert [row["messages"] for row in table] == [turns("q"), turns("r"), turns("c")]
+    assert table["record"][:] == ['{"responses":[]}'] * 3
     assert counter == {
         "dialogue shortened by whole turns": 2,
         "prompt longer than max_prompt_seq_len": 1,
         "prompt seen before": 2,
     }
+
+
+def test_prompts_carry_their_record():
+    rows = [
+        {"prompt": turns("q"), "responses": ["c", "é", "b", "b2"], "ranks": [3, 1, 2, 2], "metadata": '{"z":[1]}'},
+        {"prompt": turns("a", "b", "r"), "metadata": '{"a":"x"}'},
+        {"prompt": turns("r"), "responses": ["late"], "ranks": [1], "metadata": '{"a":"y"}'},
+    ]
+    table, counter = tokenize_prompts(examples(*rows), TOKENIZER, 30)
+    assert table["record"][:] == ['{"responses":["é","b","b2","c"],"z":[1]}', '{"a":"x","responses":[]}']
+    assert counter == {"dialogue shortened by whole turns": 1, "prompt seen before": 1}, "the first record counts"
+
+
+def test_a_file_of_prompts_with_answers_and_metadata_comes_out_as_records(tmp_path):
+    records = [
+        {"prompt": "2+2?", "answer": " 4 "},
+        {"prompt": "f?", "metadata": {"tests": ["f(1) == 2"], "n": None}},
+        {"prompt": "a?", "chosen": "x", "rejected": "y", "metadata": {"masked_pattern": "x+"}},
+    ]
+    tables = []
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
+        path, cache = str(tmp_path / name), str(tmp_path / "cache")
+        train, held, _ = load_stage_data([path], [], "prompt", "0,0,1", 0.3, 0, cache)
+        tables.append([tokenize_prompts(table, TOKENIZER, 40)[0] for table in (train, held)])
+        records[1]["metadata"]["n"] = 1
+    rows = [{row["messages"][0]["content"]: json.loads(row["record"]) for t in both for row in t} for both in tables]
+    assert rows[0] == {
+        "2+2?": {"responses": ["4"]},
+        "f?": {"responses": [], "tests": ["f(1) == 2"], "n": None},
+        "a?": {"responses": ["x", "y"], "masked_pattern": "x+"},
+    }
+    assert rows[1] == rows[0] | {"f?": {"responses": [], "tests": ["f(1) == 2"], "n": 1}}
+    assert [len(both[1]) for both in tables] == [1, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_records_of_different_shapes_have_one_type_in_a_table(workers):
+    metadata = ['{"a":1}', "", '{"a":"x","b":{"c":[]}}', '{"a":[1,"x"]}']
+    rows = [{"prompt": turns(f"q{n}"), "metadata": text} for n, text in enumerate(metadata)]
+    table, _ = tokenize_prompts(examples(*rows), TOKENIZER, 30, workers)
+    expected = [json.loads(text or "{}") | {"responses": []} for text in metadata]
+    assert [json.loads(text) for text in table["record"]] == expected
 
 
 @pytest.mark.parametrize("tokenize", [tokenize_sft, tokenize_preferences, tokenize_prompts])

@@ -4,6 +4,7 @@ A record is recognised by its keys; what is not recognised, or would train on no
 what was found and what is expected. Left out on purpose: tool calls, images, anything that is not text.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,12 +19,16 @@ class Message(TypedDict):
 
 
 class Example(TypedDict):
-    """What every stage reads. `prompt` ends with a user turn; rank 1 is best, equal ranks are a tie."""
+    """What every stage reads. `prompt` ends with a user turn; rank 1 is best, equal ranks are a tie.
+
+    `metadata` is JSON text ("" where there is none), so that a table of any records has one type for it.
+    """
 
     prompt: list[Message]
     responses: list[str]
     ranks: list[int]
     margin: float | None
+    metadata: str
 
 
 class RecordError(ValueError):
@@ -73,7 +78,17 @@ def to_example(record: dict[str, Any]) -> Example:
     _check_prompt(prompt)
     if responses and not any(text for text, rank in zip(responses, ranks, strict=True) if rank == 1):
         _fail("the answer is empty; write one or remove the record")
-    return Example(prompt=prompt, responses=responses, ranks=ranks, margin=_margin(fields.get("margin")))
+    margin, metadata = _margin(fields.get("margin")), _metadata(fields.get("metadata"))
+    return Example(prompt=prompt, responses=responses, ranks=ranks, margin=margin, metadata=metadata)
+
+
+def to_json(value: dict[str, Any]) -> str:
+    """Compact JSON with sorted keys: equal values are equal text.
+
+    Raises:
+        ValueError, TypeError, RecursionError: JSON has no such value (NaN, bytes, a date), or it is nested too deep.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 
 def parse_transcript(text: str, marker: re.Pattern[str] = _MARKER) -> list[Message]:
@@ -120,7 +135,7 @@ def _parse_messages(value: Any, key: str) -> list[Message]:
         if not isinstance(item, dict):
             _fail(f'message {number} of "{key}" must be an object with role and content, found {type(item).__name__}')
         role = item.get("role", item.get("from"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             _fail(f'message {number} of "{key}" has role {role!r}; known roles: {", ".join(ROLES)}')
         content = _text(item.get("content", item.get("value")), f"message {number} of {key}")
         if not content and ROLES[role] != "system" and number < len(value):
@@ -257,6 +272,34 @@ def _margin(value: Any) -> float | None:
     if not math.isfinite(margin):
         _fail(f'"margin" must be a number, found {value!r}')
     return margin
+
+
+def _metadata(value: Any) -> str:
+    """An object, or the JSON text of one (a cell of a .csv), as JSON text."""
+    if value is None or value == "":
+        return ""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        text = to_json(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        _fail(f'"metadata" must be an object that JSON can hold ({error}); mend it or remove the key')
+    if not isinstance(value, dict):
+        _fail(f'"metadata" must be an object with keys, found {type(value).__name__}; mend it or remove the key')
+    if "responses" in value:
+        _fail('"metadata" must not hold "responses", the name of the record\'s own answers in step 3; rename that key')
+    if "masked_pattern" in value:
+        _check_pattern(value["masked_pattern"])
+    return _text(text, "metadata") if value else ""
+
+
+def _check_pattern(pattern: Any) -> None:
+    """ "masked_pattern": what matches it in a sampled response is left out of the loss of step 3."""
+    if not isinstance(pattern, str):
+        _fail(f'"masked_pattern" of "metadata" must be text, found {type(pattern).__name__}')
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        _fail(f'"masked_pattern" of "metadata" is not a regular expression ({error}): {pattern!r:.80}; mend it')
 
 
 def _text(value: Any, name: str) -> str:

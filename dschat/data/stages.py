@@ -12,7 +12,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from dschat.data.records import Message
+from dschat.data.records import Message, to_json
 from dschat.data.templates import encode_answers, encode_prompt
 from dschat.errors import UserError
 
@@ -21,7 +21,7 @@ import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-TOKENIZING_VERSION = "1"  # change it with anything here or in templates that changes a row
+TOKENIZING_VERSION = "2"  # change it with anything here or in templates that changes a row
 SHORTENED = "dialogue shortened by whole turns"
 Rows = Iterator[dict[str, Any]]
 _IDS = datasets.List(datasets.Value("int32"))
@@ -52,8 +52,12 @@ def tokenize_preferences(
 def tokenize_prompts(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_seq_len: int, num_workers: int = 1
 ) -> tuple[datasets.Dataset, Counter[str]]:
-    """prompt_ids (P,), messages: different prompts, with the generation prompt at the end."""
-    columns = {"prompt_ids": _IDS, "messages": _MESSAGES}
+    """prompt_ids (P,), messages, record: different prompts, with the generation prompt at the end.
+
+    `record` is JSON text for rewards and loss masks: {"responses": [texts, best first], **metadata of the record}. Of
+    records with the same prompt the first counts.
+    """
+    columns = {"prompt_ids": _IDS, "messages": _MESSAGES, "record": datasets.Value("string")}
     table, counter = _tokenize(dataset, _prompt_rows, columns, tokenizer, max_prompt_seq_len, num_workers)
     seen: set[bytes] = set()
     first = []
@@ -80,8 +84,7 @@ def _sft_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_s
 
 
 def _preference_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> Rows:
-    answers = sorted(zip(example["ranks"], example["responses"], strict=True), key=lambda answer: answer[0])
-    for (rank, chosen), (worse_rank, rejected) in combinations(answers, 2):
+    for (rank, chosen), (worse_rank, rejected) in combinations(_best_first(example), 2):
         if rank == worse_rank:
             continue
         if chosen == rejected:
@@ -112,7 +115,14 @@ def _prompt_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ma
     if len(ids) > max_prompt_seq_len:
         yield {"keep": False, "reasons": ["prompt longer than max_prompt_seq_len"]}
     else:
-        yield {"prompt_ids": ids, "messages": prompt, "keep": True, "reasons": reasons}
+        answers = {"responses": [text for _, text in _best_first(example)]}
+        record = to_json(answers | json.loads(example["metadata"] or "{}"))
+        yield {"prompt_ids": ids, "messages": prompt, "record": record, "keep": True, "reasons": reasons}
+
+
+def _best_first(example: dict[str, Any]) -> list[tuple[int, str]]:
+    """(rank, response), ties in the order of the record."""
+    return sorted(zip(example["ranks"], example["responses"], strict=True), key=lambda answer: answer[0])
 
 
 def drop_first_turn(prompt: Sequence[Message]) -> list[Message]:

@@ -22,7 +22,7 @@ from dschat.errors import UserError
 import datasets
 import numpy as np
 
-READING_VERSION = "1"  # change it with anything in records, readers, registry or here that changes an example
+READING_VERSION = "2"  # change it with anything in records, readers, registry or here that changes an example
 EVAL_SPLITS = ("test", "validation", "eval", "dev")
 FEATURES = datasets.Features(
     {
@@ -30,6 +30,7 @@ FEATURES = datasets.Features(
         "responses": datasets.List(datasets.Value("string")),
         "ranks": datasets.List(datasets.Value("int32")),
         "margin": datasets.Value("float64"),
+        "metadata": datasets.Value("string"),
         "source": datasets.Value("string"),
         "num_ranks": datasets.Value("int32"),  # different ranks; 0 prompt only, 1 demonstrations
         "dropped": datasets.Value("string"),  # "" or the reason, in plain words
@@ -136,7 +137,7 @@ def _rows(source: Source, skip_bad_records: bool) -> Iterator[dict]:
 
 
 def _row(name: str, dropped: str = "") -> dict:
-    empty: dict = {"prompt": [], "responses": [], "ranks": [], "margin": None}
+    empty: dict = {"prompt": [], "responses": [], "ranks": [], "margin": None, "metadata": ""}
     return {**empty, "source": name, "num_ranks": 0, "dropped": dropped}
 
 
