@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from dschat.engine.distributed import Runtime, barrier
@@ -121,6 +122,9 @@ def gather_copy(engine: deepspeed.DeepSpeedEngine, device: torch.device, *, on_t
     if on_this_rank:
         with torch.device("meta"):
             copy = _build_like(source)
+        for name, module in source.named_modules():  # a forward of one module's own, as models/precision.py sets it
+            if "forward" in vars(module):
+                copy.get_submodule(name).forward = MethodType(module.forward.__func__, copy.get_submodule(name))
         copy = copy.to_empty(device=device)
         for owner in (m for m in copy.modules() if isinstance(m, PreTrainedModel)):
             owner.tie_weights()

@@ -85,9 +85,9 @@ def all_reduce_max(value: float, runtime: Runtime) -> float:
     return maximum.item()
 
 
-def gather_rows(rows: torch.Tensor, runtime: Runtime) -> torch.Tensor:
-    """(B, …) of every rank to (B · world_size, …), interleaved: global row g is row g // world_size of rank
-    g % world_size.
+def gather_rows(rows: torch.Tensor, runtime: Runtime, group_size: int = 1) -> torch.Tensor:
+    """(B, …) of every rank to (B · world_size, …), interleaved: global group g of ``group_size`` neighbours is group
+    g // world_size of rank g % world_size.
 
     The counterpart of cutting a global batch as ``rows[rank::world_size]``. All ranks must pass the same shape.
     """
@@ -95,16 +95,18 @@ def gather_rows(rows: torch.Tensor, runtime: Runtime) -> torch.Tensor:
         return rows
     parts = [torch.empty_like(rows) for _ in range(runtime.world_size)]
     dist.all_gather(parts, rows.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    groups = [part.unflatten(0, (-1, group_size)) for part in parts]
+    return torch.stack(groups, dim=1).flatten(0, 2)
 
 
-def gather_objects(items: list, runtime: Runtime) -> list:
+def gather_objects(items: list, runtime: Runtime, group_size: int = 1) -> list:
     """Lists of picklable items of equal length from every rank, interleaved as in `gather_rows`."""
     if runtime.world_size == 1:
         return items
     parts: list[list] = [[] for _ in range(runtime.world_size)]
     dist.all_gather_object(parts, items)
-    return [item for group in zip(*parts, strict=True) for item in group]
+    starts = range(0, len(items), group_size)
+    return [item for start in starts for part in parts for item in part[start : start + group_size]]
 
 
 @contextmanager
