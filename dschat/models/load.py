@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
-from dschat.models.scorer import Scorer, load_score_stats
+from dschat.models.scorer import Scorer, check_probes, load_score_stats
 
 import torch
 from safetensors import SafetensorError
@@ -84,12 +84,23 @@ def load_scorer(
 
 
 def load_trained_scorer(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, normalize: bool
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    normalize: bool,
+    verify: bool = True,
+    device: torch.device | None = None,
 ) -> Scorer:
     """The reward model of step 3, or the critic that starts from it, with dropout off.
 
+    With ``normalize`` its scores are (raw - mean) / std by the statistics of step 2, which with ``verify`` are proved
+    first: the model must score the probe texts beside them as it did then. ``device``: where to put the model before
+    that (default: it stays on the CPU, where the probes of a large model take long).
+
     Raises:
-        UserError: a language model, a classifier with several labels, or a head that the checkpoint lacks.
+        UserError: a language model, a classifier with several labels, a head that the checkpoint lacks or that reads
+            one position only; statistics that are missing, damaged or not those of this model and tokenizer.
     """
     if path == "toy":
         raise UserError("toy is not a trained reward model; run step 2 first and give its --output_dir")
@@ -100,7 +111,17 @@ def load_trained_scorer(
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has exactly one")
     model, info = _from_pretrained(AutoModelForSequenceClassification, path, config, dtype)
     _require(path, info["missing_keys"])
-    return Scorer(_fit(model, tokenizer, 0.0), *(load_score_stats(path) if normalize else (0.0, 1.0)))
+    if not hasattr(model, "score"):
+        raise UserError(
+            f"{path}: {type(model).__name__} gives no score per token; use a reward model made from a language model, "
+            "or serve this one and give its address as api:URL"
+        )
+    scorer = Scorer(_fit(model, tokenizer, 0.0), *(load_score_stats(path) if normalize else (0.0, 1.0)))
+    if device is not None:
+        scorer.to(device)
+    if normalize and verify:
+        check_probes(path, scorer)
+    return scorer
 
 
 def model_role(path: str, config: PretrainedConfig) -> str:
@@ -178,6 +199,9 @@ def _config(path: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         where = Path(path)
+        if (where / "adapter_config.json").is_file():
+            mend = f"step 3 takes it as --reward lora:{path}"
+            raise UserError(f"{path} is a LoRA adapter, not a whole model; {mend}") from None
         if where.is_dir() and not (where / "config.json").is_file():
             inner = where / "actor"
             mend = f"did you mean {inner}?" if inner.is_dir() else "give a Hugging Face model directory"

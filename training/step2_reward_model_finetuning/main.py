@@ -11,8 +11,9 @@ optimizer step.
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from dschat.config import parse_config, to_dict
+from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
 from dschat.data.loader import collate_preferences, epoch_batches
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import show_batch
@@ -25,11 +26,11 @@ from dschat.engine.distributed import (
     init_runtime,
     main_process_first,
 )
-from dschat.errors import run_program
+from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import pairwise_ranking_loss
 from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
-from dschat.models.scorer import Scorer, last_token_values, save_score_stats
+from dschat.models.scorer import Scorer, last_token_values, make_probes, save_score_stats
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.statistics import wilson_interval
@@ -42,7 +43,19 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(kw_only=True)
 class Config(SupervisedFlags):
-    """Step 2 has no flag of its own."""
+    lora_dim: int = flag(0, "train adapters of this rank and the head, on a frozen trunk; 0: the whole model")
+    lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
+    lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "lora_dim")
+        if self.lora_alpha is not None:
+            require_positive(self, "lora_alpha")
+        if not self.lora_dim and (self.lora_alpha is not None or self.lora_module_name != "auto"):
+            raise UserError("--lora_alpha and --lora_module_name need --lora_dim above 0")
+        if self.lora_dim and self.model_name_or_path == "toy":
+            raise UserError("--lora_dim needs a trained trunk, which toy is not; give the directory of step 1")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,6 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    other_kind = Path(config.output_dir) / ("config.json" if config.lora_dim else "adapter_config.json")
+    if other_kind.exists():
+        raise UserError(f"{other_kind}: a model of another kind is here; choose another --output_dir, or empty it")
 
     # Data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
@@ -84,7 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     classifier = load_scorer(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
-    engine = create_train_engine(Scorer(classifier), spec, dtype=dtype, runtime=runtime)
+    scorer = Scorer(classifier)
+    if config.lora_dim:
+        from dschat.models import adapters  # PEFT takes a second to import
+
+        scorer = adapters.create_lora_scorer(classifier, config.lora_dim, config.lora_alpha, config.lora_module_name)
+        console.print(adapters.trained_table(scorer))
+    engine = create_train_engine(scorer, spec, dtype=dtype, runtime=runtime)
 
     # Train
     metrics = MetricsWriter(config.output_dir, "reward", runtime.is_main)
@@ -120,9 +142,15 @@ def main(argv: list[str] | None = None) -> None:
         metrics.histogram(len(train_batches), f"eval/{name}_scores", scores[row].cpu())
 
     # Save
-    save_weights(engine, lambda whole: save_model(whole.model, tokenizer, config.output_dir), runtime)
+    def save(whole) -> None:
+        if config.lora_dim:
+            adapters.save_adapter(whole, tokenizer, config.output_dir, config.model_name_or_path)
+        else:
+            save_model(whole.model, tokenizer, config.output_dir)
+        save_score_stats(config.output_dir, mean, std, make_probes(whole, data.eval, tokenizer))
+
+    save_weights(engine, save, runtime)
     if runtime.is_main:
-        save_score_stats(config.output_dir, mean, std)
         write_run_json(
             config.output_dir,
             role=REWARD,
