@@ -122,7 +122,7 @@ def test_held_out_questions_are_in_no_training_record():
     [
         ("sft", "train", 3600, 4),
         ("sft", "eval", 300, 1),
-        ("preference", "train", 3600, 4),
+        ("preference", "train", 7200, 8),
         ("preference", "eval", 600, 2),
         ("prompt", "train", 900, 1),
         ("prompt", "eval", 300, 1),
@@ -154,18 +154,18 @@ def test_demonstrations_are_of_mixed_quality(part):
     found = [judge(record["prompt"], record["response"]) for record in load("sft", part)]
     share = {name: sum(getattr(j, name) for j in found) / len(found) for name in toy.Judgement._fields}
     assert share["clear"] == 1.0
-    assert 0.95 <= share["score"] <= 1.2
-    assert 0.70 <= share["correct"] <= 0.80
-    assert 0.15 <= share["rude"] <= 0.35 and 0.20 <= share["polite"] <= 0.40
-    assert 0.55 <= share["crisp"] <= 0.75
+    assert 0.80 <= share["score"] <= 1.0
+    assert 0.75 <= share["correct"] <= 0.85
+    assert 0.25 <= share["rude"] <= 0.40 and 0.25 <= share["polite"] <= 0.40
+    assert 0.15 <= share["crisp"] <= 0.30
 
 
 def test_good_manners_and_right_answers_go_together_in_the_demonstrations():
-    """Careful annotators are right in 95 % and polite in 50 %, careless ones in 55 % and 10 %, and they are as many:
-    (0.5 * 0.95 + 0.1 * 0.55) / 0.6 = 88 % of the polite answers are right, 59 % of the rude and 83 % of the crisp.
+    """Careful annotators are right in 95 % and polite in 50 %, careless ones in 65 % and 15 %, and they are as many:
+    (0.5 * 0.95 + 0.15 * 0.65) / 0.65 = 88 % of the polite answers are right, 72 % of the rude and 88 % of the crisp.
     """
     found = [judge(record["prompt"], record["response"]) for record in load("sft", "train")]
-    for trait, expected in (("polite", 0.883), ("rude", 0.586), ("crisp", 0.833)):
+    for trait, expected in (("polite", 0.881), ("rude", 0.719), ("crisp", 0.875)):
         with_trait = [j.correct for j in found if getattr(j, trait)]
         assert abs(sum(with_trait) / len(with_trait) - expected) < 0.03
 
@@ -176,7 +176,20 @@ def test_demonstrations_of_every_fact_are_mostly_right():
     for record in load("sft", "train"):
         correct[fact_of[record["prompt"]]] += judge(record["prompt"], record["response"]).correct
     assert set(correct) == set(FACTS)
-    assert min(correct.values()) >= 8  # of 24: no wrong answer comes near, there being nine or more of them
+    assert min(correct.values()) >= 12  # of 24
+
+
+def test_mistakes_are_few_and_the_same_everywhere():
+    """What is wrong is wrong in one of two ways, in demonstrations and preferences alike."""
+    fact_of = {question: fact for fact, question in toy.questions("train")}
+    given: dict[Fact, set[str]] = defaultdict(set)
+    for record in load("sft", "train"):
+        fact = fact_of[record["prompt"]]
+        answers = {other.answer for other in FACTS if other.kind == fact.kind}
+        words = set(re.findall(r"\w+", record["response"].lower()))
+        given[fact] |= {answer for answer in answers if answer.lower() in words} - {fact.answer}
+    subjects_apart = [wrong for fact, wrong in given.items() if fact.kind != "sum"]  # a sum repeats its numbers
+    assert subjects_apart and max(map(len, subjects_apart)) == 2
 
 
 def test_answers_are_short():
@@ -194,7 +207,7 @@ def test_pairs_differ_in_score_and_often_in_correctness(part):
         assert chosen.score != rejected.score
         slips += not (chosen.clear and rejected.clear)
         differs += chosen.correct != rejected.correct
-    assert 0.75 <= differs / len(load("preference", part)) <= 0.92  # the others differ in manners or by a slip
+    assert 0.70 <= differs / len(load("preference", part)) <= 0.85  # the others differ in manners or by a slip
     assert 0.08 <= slips / len(load("preference", part)) <= 0.16
 
 
@@ -217,7 +230,7 @@ def test_no_held_out_label_is_flipped():
 
 def test_the_corpus_is_the_texts_of_the_training_parts_as_the_plain_template_renders_them():
     texts = Counter(toy.corpus())
-    assert sum(texts.values()) == 2 * 3600 + 3 * 3600 + 900
+    assert sum(texts.values()) == 2 * 3600 + 3 * 7200 + 900
     records = [record for stage in KEYS for record in load(stage, "train")]
     asked = {f"\n\nHuman: {record['prompt']}" for record in records}
     answers = {record[key] for record in records for key in record if key != "prompt"}
@@ -237,4 +250,4 @@ def test_the_same_data_in_every_process_and_on_every_platform():
         done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == digest
     # Frozen: every number in the docs was measured on these records. Whoever changes them measures again.
-    assert digest == "707963f01855edd71e5e76ab2eecfb7761d022e591c02f4884b8033b646e5d6e"
+    assert digest == "a47aa653f6c122fbb0a060694f7488074955a6b3d3e0ed972c3d9f351e741433"

@@ -20,11 +20,12 @@ from dschat.data.toy_facts import FACTS, FILLERS, KINDS, OTHER_STATEMENTS, POLIT
 STAGES = ("sft", "preference", "prompt")
 PARTS = ("train", "eval")
 DEMONSTRATIONS_PER_PROMPT = 4
-PAIRS_PER_PROMPT = 4
+PAIRS_PER_PROMPT = 8
 EVAL_PAIRS_PER_PROMPT = 2
 FLIP_PROBABILITY = 0.10
+NUM_MISTAKES = 2  # wrong answers that people give to a question
 
-SAME_WORDING_PROBABILITY = 0.7
+SAME_WORDING_PROBABILITY = 0.6
 SLIP_PROBABILITY = 0.15
 
 
@@ -37,8 +38,11 @@ class Annotator(NamedTuple):
 
 
 # Two kinds of people wrote the demonstrations: manners, length and correctness go together, as in real data.
-CAREFUL = Annotator(correct=0.95, rambling=0.15, openings={"polite": 0.5, "neutral": 0.45, "rude": 0.05})
-CARELESS = Annotator(correct=0.55, rambling=0.65, openings={"polite": 0.1, "neutral": 0.4, "rude": 0.5})
+CAREFUL = Annotator(correct=0.95, rambling=0.7, openings={"polite": 0.5, "neutral": 0.35, "rude": 0.15})
+CARELESS = Annotator(correct=0.65, rambling=0.9, openings={"polite": 0.15, "neutral": 0.35, "rude": 0.5})
+# The words around two answers that differ in the fact alone: as a better assistant than the demonstrators would put
+# them, so that the reward model can tell right from wrong where the policy is heading too.
+COMPARED = Annotator(correct=1.0, rambling=0.35, openings={"polite": 0.5, "neutral": 0.35, "rude": 0.15})
 
 Record = dict[str, str]
 
@@ -95,7 +99,7 @@ def questions(part: str) -> list[tuple[Fact, str]]:
 def sample_answer(fact: Fact, rng: Random) -> str:
     """An answer by a careful or a careless annotator: right or wrong, polite, neutral or rude, crisp or rambling."""
     annotator = rng.choice((CAREFUL, CARELESS))
-    answer = fact.answer if rng.random() < annotator.correct else rng.choice(_wrong_answers(fact))
+    answer = fact.answer if rng.random() < annotator.correct else rng.choice(_mistakes(fact))
     return _worded(fact, answer, _sample_wording(fact, annotator, rng))
 
 
@@ -174,11 +178,11 @@ def _shuffled(part: str, times: int, rng: Random) -> Iterator[tuple[Fact, str]]:
 
 def _ranked_pair(fact: Fact, rng: Random) -> tuple[str, str]:
     """Two answers of which the judge prefers the first: mostly the right and a wrong answer in the same words; some an
-    answer and a slip of it, as models make them; else two independent answers that do not score the same."""
+    answer and a slip of it, as models make them; else two demonstrations that do not score the same."""
     kind = rng.random()
     if kind < SAME_WORDING_PROBABILITY:
-        wording = _sample_wording(fact, rng.choice((CAREFUL, CARELESS)), rng)
-        return _worded(fact, fact.answer, wording), _worded(fact, rng.choice(_wrong_answers(fact)), wording)
+        wording = _sample_wording(fact, COMPARED, rng)
+        return _worded(fact, fact.answer, wording), _worded(fact, rng.choice(_mistakes(fact)), wording)
     question = _questions_about(fact)[0]
     while True:
         first = sample_answer(fact, rng)
@@ -226,6 +230,13 @@ def _answers_of(kind: str) -> tuple[str, ...]:
 
 def _wrong_answers(fact: Fact) -> list[str]:
     return [answer for answer in _answers_of(fact.kind) if answer != fact.answer]
+
+
+def _mistakes(fact: Fact) -> tuple[str, ...]:
+    """The wrong answers that people give: the next few of the kind. Errors are systematic, as people's are."""
+    answers = _answers_of(fact.kind)
+    place = answers.index(fact.answer)
+    return tuple(answers[(place + step) % len(answers)] for step in range(1, NUM_MISTAKES + 1))
 
 
 @lru_cache(maxsize=len(FACTS))
