@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-all check clean
+.PHONY: setup demo test test-all check docs clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dschat
+	$(BIN)/python docs/flags.py --check
+
+docs: $(READY)
+	$(BIN)/python docs/flags.py
 
 clean:
 	rm -rf .venv output .pytest_cache .mypy_cache .ruff_cache .hypothesis

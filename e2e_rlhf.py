@@ -136,8 +136,8 @@ def add_stage_flag(parser: Parser, flag: str, dest: str, kind: str) -> None:
 @functools.cache
 def flag_types(step: int) -> dict[str, str]:
     """The flags of a stage's program that a user may give, read from its source: importing it would import torch."""
-    sources = (ROOT / "dschat/flags.py", ROOT / "training" / FOLDERS[step] / "main.py")
-    nodes = [node for path in sources for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    sources = ("dschat/flags.py", "dschat/rlhf/flags.py", f"training/{FOLDERS[step]}/main.py")
+    nodes = [node for path in map(ROOT.joinpath, sources) for node in ast.parse(path.read_text(encoding="utf-8")).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
     def fields(node: ast.ClassDef) -> dict[str, str]:

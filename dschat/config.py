@@ -7,6 +7,7 @@ command line over an optional ``--config file.yaml`` over the defaults. Every mi
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -50,6 +51,7 @@ def parse_config(
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(config_class)
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -0.5*full:PATH is a value as -0.5 is, no flag
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a YAML file; the command line overrides it")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     for name, field in fields.items():
@@ -70,6 +72,22 @@ def parse_config(
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved config as plain JSON values, for run.json."""
     return dataclasses.asdict(config)
+
+
+def flags_table(config_class: type) -> str:
+    """The flags that the class itself declares as a Markdown table: flag, default, meaning. For docs/."""
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    own = config_class.__dict__.get("__annotations__", {})
+    for field in dataclasses.fields(config_class):
+        if field.name not in own:
+            continue
+        default = _default(field)
+        shown = "required" if default is dataclasses.MISSING else "" if default in (None, []) else f"`{default}`"
+        choices = field.metadata["choices"]
+        listed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+        text = (field.metadata["help"] + listed).replace("|", "\\|")
+        lines.append(f"| `--{field.name}` | {shown} | {text} |")
+    return "\n".join(lines)
 
 
 def require_positive(flags: object, *names: str) -> None:

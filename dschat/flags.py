@@ -138,5 +138,9 @@ REMOVED = {
     "actor_dropout": "dropout is off in step 3, where it would make every log-probability random; drop the flag",
     "critic_dropout": "dropout is off in step 3, where it would make every value random; drop the flag",
     "preprocessing_num_workers": "use --num_workers",
+    "lora_learning_rate": "with --lora_dim only adapters and head are trained; use --learning_rate",
+    "only_optimize_lora": "--lora_dim trains adapters and head only; drop the flag",
+    "unsupervised_dataset_name": "use --ptx_data_path, in any of the shapes of --data_path",
+    "unsupervised_dataset_config_name": "use --ptx_data_path, in any of the shapes of --data_path",
     "reload": "the cache is keyed by content and is never stale; drop the flag",
 }

@@ -23,17 +23,17 @@ def test_the_sampler_and_the_trainer_agree_with_ragged_prompts(family, tokenizer
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     rollout = generate(model, ids, mask, sampling, row_uniforms(4, 20, 1), **ends)
     both = torch.cat([rollout.input_ids, rollout.response_ids], 1)
-    both_mask = torch.cat([rollout.attention_mask, rollout.action_mask], 1)
+    both_mask = torch.cat([rollout.attention_mask, rollout.response_mask], 1)
     with torch.no_grad():
         logits = response_logits(model, model, both, both_mask, rollout.response_ids.shape[1])
         trained = token_logprobs(sampling.adjust(logits), rollout.response_ids)
-    assert rollout.action_mask.sum() > 40
-    assert (trained - rollout.logprobs)[rollout.action_mask].abs().max() < 1e-4
+    assert rollout.response_mask.sum() > 40
+    assert (trained - rollout.logprobs)[rollout.response_mask].abs().max() < 1e-4
 
     # An independent reference: each row alone, without padding, one plain forward of transformers, in float64.
     exact = model.double()
     for row in range(4):
-        response = rollout.response_ids[row, rollout.action_mask[row]]
+        response = rollout.response_ids[row, rollout.response_mask[row]]
         alone = torch.cat([ids[row, mask[row]], response])[None]
         with torch.no_grad():
             logits = exact(input_ids=alone).logits[0, -len(response) - 1 : -1] / 0.7

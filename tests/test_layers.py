@@ -17,7 +17,8 @@ ALLOWED = {
     "dschat.engine": BASE | {"dschat.functional"},
     "dschat.models": BASE | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.report", "dschat.flags"},
     "dschat.flags": BASE | {"dschat.data", "dschat.engine"},
-    "dschat.rlhf": BASE | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.models", "dschat.report"},
+    "dschat.rlhf": BASE
+    | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.models", "dschat.report", "dschat.flags"},
     "dschat": set(),
     "dschat.errors": set(),
     "dschat.config": {"dschat.errors"},

@@ -228,7 +228,7 @@ def test_a_missing_model_and_one_that_is_too_short(model_dirs, data_file, cache_
 def test_the_flags_are_frozen():
     """A new flag is a decision: change this test with it."""
     counts = {stage: len(program(stage).Config.__dataclass_fields__) for stage in STEPS}
-    assert counts == {"sft": 31, "reward": 30, "ppo": 53}
+    assert counts == {"sft": 31, "reward": 33, "ppo": 78}
 
 
 @pytest.mark.parametrize(
@@ -255,44 +255,6 @@ def test_a_flag_of_step_1_changes_the_weights(flag, value, trained, model_dirs, 
     before = load_file(str(Path(trained["sft"]) / "model.safetensors"))
     after = load_file(str(Path(out) / "model.safetensors"))
     assert any(not torch.equal(before[key].float(), after[key].float()) for key in before)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("temperature", 0.5),
-        ("kl_coef", 5.0),
-        ("gamma", 0.5),
-        ("lam", 0.1),
-        ("cliprange", 1e-4),
-        ("cliprange_value", 1e-4),
-        ("whiten_advantages", False),
-        ("normalize_reward", False),
-        ("clip_reward_value", 0.01),
-        ("missing_eos_penalty", 9.0),
-        ("ppo_epochs", 2),
-        ("generation_batches", 2),
-        ("gradient_accumulation_steps", 2),
-        ("actor_weight_decay", 0.5),
-        ("critic_weight_decay", 0.5),
-        ("critic_learning_rate", 1e-2),
-        ("max_answer_seq_len", 6),
-        ("max_grad_norm", 0.01),
-    ],
-)
-def test_a_flag_of_step_3_changes_the_weights(flag, value, trained, data_file, cache_dir, tmp_path):
-    models = {"actor_model_name_or_path": trained["sft"], "critic_model_name_or_path": trained["reward"]}
-    common = {"ppo_epochs": 2, "actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "kl_coef": 0.5}
-    common |= {"max_steps": 3, "eval_fraction": 0.1}
-    if flag == "ppo_epochs":
-        common["ppo_epochs"] = 1
-    plain = run("ppo", data_file, cache_dir, tmp_path / "plain", **models, **common)
-    changed = run("ppo", data_file, cache_dir, tmp_path / "changed", **(models | common | {flag: value}))
-    different = False
-    for model in ("actor", "critic"):
-        one, other = (load_file(str(Path(out) / model / "model.safetensors")) for out in (plain, changed))
-        different |= any(not torch.equal(one[key], other[key]) for key in one)
-    assert different
 
 
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "num_workers", "per_device_eval_batch_size"])

@@ -2,10 +2,9 @@
 
 import math
 
-from dschat.engine.distributed import Runtime
 from dschat.rlhf.rollout import Sampling, banned_token_ids, draw, generate, row_uniforms
 from tests.families import ragged_prompts, tiny_model
-from tests.programs import program
+from tests.ppo_parts import ends, few_tokens
 
 import pytest
 import torch
@@ -15,18 +14,8 @@ STEPS = 14
 LARGEST_BELOW_ONE = 1 - 2**-24  # of float32
 
 
-def few_tokens(tokenizer, vocab_size: int, *, eos: bool = True) -> tuple[int, ...]:
-    """All ids but a dozen and EOS, to be banned: random models then end their answers at different lengths."""
-    kept = {20, 31, 42, 53, 64, 75, 86, 97, 108, 119, 130, 141} | ({tokenizer.eos_token_id} if eos else set())
-    return tuple(i for i in range(vocab_size) if i not in kept)
-
-
 def short_answers(tokenizer, model, *, steps: int = STEPS, temperature: float = 3.0, eos: bool = True) -> Sampling:
     return Sampling(steps, temperature, banned_ids=few_tokens(tokenizer, model.config.vocab_size, eos=eos))
-
-
-def ends(tokenizer) -> dict[str, int]:
-    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +32,7 @@ def prompts(tokenizer):
 def rollout(llama, prompts, tokenizer):
     sampling = short_answers(tokenizer, llama)
     result = generate(llama, *prompts, sampling, row_uniforms(len(SIZES), STEPS, 5), **ends(tokenizer))
-    lengths = result.action_mask.sum(1)
+    lengths = result.response_mask.sum(1)
     assert 0 < result.finished.sum() < len(SIZES) and len(set(lengths.tolist())) >= 4  # or these tests prove little
     return result
 
@@ -95,13 +84,13 @@ def test_every_sampled_token_is_the_one_its_random_number_points_at(llama, promp
                 below += weight / sum(weights)
                 if chosen is None and below > uniforms[row][step]:
                     chosen, probability = token, weight / sum(weights)
-            assert rollout.action_mask[row, step]
+            assert rollout.response_mask[row, step]
             assert rollout.response_ids[row, step] == chosen
             assert rollout.logprobs[row, step].item() == pytest.approx(math.log(probability), abs=1e-4)
             sequence.append(chosen)
             if chosen == tokenizer.eos_token_id:
                 break
-        assert rollout.action_mask[row].sum() == step + 1
+        assert rollout.response_mask[row].sum() == step + 1
         assert rollout.finished[row] == (chosen == tokenizer.eos_token_id)
 
 
@@ -212,7 +201,7 @@ def test_a_response_does_not_depend_on_the_rows_around_it(llama, prompts, rollou
             uniforms[[row]],
             **ends(tokenizer),
         )
-        actions = rollout.action_mask[row]
+        actions = rollout.response_mask[row]
         assert alone.response_ids[0].tolist() == rollout.response_ids[row, actions].tolist()
         assert alone.finished[0] == rollout.finished[row]
         assert (alone.logprobs[0] - rollout.logprobs[row, actions]).abs().max() < 1e-5
@@ -235,16 +224,16 @@ def test_the_stop_contract(prompts, rollout, tokenizer):
     """finished: ended with EOS. The mask includes EOS and nothing after it; there pads stand. Prompts are kept."""
     ids, mask = prompts
     assert rollout.input_ids.equal(ids) and rollout.attention_mask.equal(mask)
-    assert rollout.action_mask.dtype == rollout.finished.dtype == torch.bool
+    assert rollout.response_mask.dtype == rollout.finished.dtype == torch.bool
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     for row in range(len(SIZES)):
         response = rollout.response_ids[row].tolist()
         size = response.index(eos) + 1 if eos in response else len(response)
         assert rollout.finished[row] == (eos in response)
-        assert rollout.action_mask[row].tolist() == [i < size for i in range(len(response))]
+        assert rollout.response_mask[row].tolist() == [i < size for i in range(len(response))]
         assert response[size:] == [pad] * (len(response) - size) and pad not in response[:size]
         assert (rollout.logprobs[row, size:] == 0).all() and (rollout.logprobs[row, :size] < 0).all()
-    assert rollout.action_mask.any(0).all()  # no column without an action
+    assert rollout.response_mask.any(0).all()  # no column without an action
 
 
 def test_an_empty_answer_is_one_action(llama, prompts, tokenizer):
@@ -252,26 +241,26 @@ def test_an_empty_answer_is_one_action(llama, prompts, tokenizer):
     sampling = Sampling(STEPS, banned_ids=banned)
     empty = generate(llama, *prompts, sampling, row_uniforms(len(SIZES), STEPS, 0), **ends(tokenizer))
     assert empty.response_ids.tolist() == [[tokenizer.eos_token_id]] * len(SIZES)
-    assert empty.action_mask.all() and empty.finished.all() and (empty.logprobs == 0).all()
+    assert empty.response_mask.all() and empty.finished.all() and (empty.logprobs == 0).all()
 
 
 def test_without_eos_the_answer_is_cut_and_not_finished(llama, prompts, tokenizer):
     sampling = short_answers(tokenizer, llama, steps=3, eos=False)
     cut = generate(llama, *prompts, sampling, row_uniforms(len(SIZES), 3, 0), **ends(tokenizer))
-    assert cut.response_ids.shape == (len(SIZES), 3) and cut.action_mask.all() and not cut.finished.any()
+    assert cut.response_ids.shape == (len(SIZES), 3) and cut.response_mask.all() and not cut.finished.any()
     assert tokenizer.eos_token_id not in cut.response_ids and tokenizer.pad_token_id not in cut.response_ids
 
 
 def test_eos_as_the_very_last_token_counts_as_finished(llama, prompts, rollout, tokenizer):
     row = int(rollout.finished.nonzero()[0])
-    size = int(rollout.action_mask[row].sum())
+    size = int(rollout.response_mask[row].sum())
     ids, mask = (part[row : row + 1] for part in prompts)
     uniforms = row_uniforms(len(SIZES), STEPS, 5)[[row]]
     for steps, finished in ((size, True), (size - 1, False)):
         if steps:
             sampling = short_answers(tokenizer, llama, steps=steps)
             shorter = generate(llama, ids, mask, sampling, uniforms, **ends(tokenizer))
-            assert shorter.finished.tolist() == [finished] and shorter.action_mask.tolist() == [[True] * steps]
+            assert shorter.finished.tolist() == [finished] and shorter.response_mask.tolist() == [[True] * steps]
 
 
 def test_rows_that_have_ended_cost_nothing(llama, prompts, tokenizer):
@@ -287,41 +276,8 @@ def test_rows_that_have_ended_cost_nothing(llama, prompts, tokenizer):
         result = generate(llama, *prompts, sampling, row_uniforms(len(SIZES), 60, 5), **ends(tokenizer))
     finally:
         handle.remove()
-    running = result.action_mask.sum(0).tolist()
+    running = result.response_mask.sum(0).tolist()
     assert result.finished.all() and len(running) < 60  # so that stopping early is tested too
     assert [call[0] for call in calls] == running and running[-1] < running[0] == len(SIZES)
     assert [call[1] for call in calls] == [max(SIZES)] + [1] * (len(calls) - 1)
     assert {call[2] for call in calls} == {1}
-
-
-# --- random numbers
-
-
-def test_the_random_numbers_of_a_row_do_not_depend_on_the_number_of_ranks():
-    whole = row_uniforms(12, 5, 3)
-    assert whole.shape == (12, 5) and whole.dtype == torch.float32
-    assert whole.equal(row_uniforms(12, 5, 3)) and not whole.equal(row_uniforms(12, 5, 4))
-    assert len(set(whole.flatten().tolist())) == 60  # no row and no step repeats another
-    assert row_uniforms(2, 2, 2**70 + 1).equal(row_uniforms(2, 2, 2**70 + 1))
-    many = row_uniforms(1000, 100, 0)
-    assert many.min() >= 0 and many.max() < 1 and many.mean().item() == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_ranks_together_sample_what_one_rank_samples(llama, prompts, tokenizer, world_size):
-    """The roll-out of step 3, each rank with its rows and no other; rows come back interleaved."""
-    from dschat.rlhf.rlhf_engine import RLHFEngine
-
-    ids, mask = prompts
-    rows = [{"prompt_ids": ids[r, mask[r]].tolist()} for r in range(len(SIZES))]
-    engine = RLHFEngine(llama, llama, llama, llama, llama)
-    sampling = short_answers(tokenizer, llama)
-
-    def responses(rank, size):
-        runtime = Runtime(rank, size, torch.device("cpu"))
-        part = program("ppo").roll_out(engine, rows[rank::size], sampling, tokenizer, 11, runtime)
-        return [row[: int(n)] for row, n in zip(part.response_ids.tolist(), part.action_mask.sum(1), strict=True)]
-
-    whole = responses(0, 1)
-    for rank in range(world_size):
-        assert responses(rank, world_size) == whole[rank::world_size]

@@ -19,7 +19,7 @@ class SampleWriter:
             self.file = open(Path(output_dir) / "samples.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
     def add(self, step: int, kind: str, rows: list[dict]) -> None:
-        """Rows hold at least prompt, response and score; the same prompts in the same order at every step."""
+        """Rows hold prompt, response, score (or None) and more; the same prompts in the same order at every step."""
         if not self.console.enabled:
             return
         for row in rows:
@@ -37,10 +37,14 @@ class SampleWriter:
     @staticmethod
     def _shown(step: int, old: dict, new: dict) -> str:
         def answer(name: str, row: dict) -> str:
-            return f"      {name} [{row['score']:+.2f}] {short(row['response'])}"
+            return f"      {name} [{shown_score(row['score'])}] {short(row['response'])}"
 
         lines = [f"    {short(new['prompt'])}", answer("step 0" if step else "answer", old)]
         return "\n".join(lines + ([answer(f"step {step}", new)] if step else []))
+
+
+def shown_score(score: float | None) -> str:
+    return "no score" if score is None else f"{score:+.2f}"
 
 
 def short(text: str, size: int = 160) -> str:

@@ -5,13 +5,14 @@ step 1), the best of n samples of that policy by the reward model, and the polic
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from dschat.report.progress import table
-from dschat.report.samples import short
+from dschat.report.samples import short, shown_score
 from dschat.report.statistics import wilson_interval
 
 SFT, PPO = "sft", "ppo"
@@ -32,8 +33,8 @@ Judge = Callable[[str, str], Verdict]
 class Graded:
     """One policy's answers to the held-out prompts, in their order."""
 
-    rows: list[dict[str, Any]]  # of samples.jsonl: prompt, response, score (the reward model's), …
-    scores: list[float]  # the judge's, or the reward model's where the task has no judge
+    rows: list[dict[str, Any]]  # of samples.jsonl: prompt, response, score (the reward's), …
+    scores: list[float | None]  # the judge's, or the reward's where the task has no judge; None: it gave none
     correct: list[bool] | None  # what the judge says; None without a judge
 
 
@@ -70,10 +71,13 @@ def grade(rows: list[dict[str, Any]], judge: Judge | None) -> Graded:
     return Graded(rows, [verdict.score for verdict in verdicts], [verdict.correct for verdict in verdicts])
 
 
-def win_rate(scores: list[float], baseline: list[float]) -> dict[str, Any]:
-    """How often an answer scores above the baseline's to the same prompt; a tie counts half."""
-    wins = sum((a > b) + (a == b) / 2 for a, b in zip(scores, baseline, strict=True))
-    return _share(wins / len(scores), wilson_interval(wins, len(scores))) | {"num_prompts": len(scores)}
+def win_rate(scores: Sequence[float | None], baseline: Sequence[float | None]) -> dict[str, Any]:
+    """How often an answer scores above the baseline's to the same prompt; a tie counts half. Prompts where either has
+    no score are left out."""
+    pairs = [(a, b) for a, b in zip(scores, baseline, strict=True) if a is not None and b is not None]
+    wins = sum((a > b) + (a == b) / 2 for a, b in pairs)
+    value = wins / len(pairs) if pairs else math.nan
+    return _share(value, wilson_interval(wins, len(pairs))) | {"num_prompts": len(pairs)}
 
 
 def summarize(
@@ -129,12 +133,14 @@ def before_and_after(graded: dict[str, Graded], count: int = 5) -> str:
     for i, row in enumerate(graded[SFT].rows[:count]):
         lines += ["", short(row["prompt"])]
         for name in (SFT, PPO):
-            lines.append(f"  {LABELS[name]} [{graded[name].scores[i]:+.2f}] {short(graded[name].rows[i]['response'])}")
+            score, response = graded[name].scores[i], graded[name].rows[i]["response"]
+            lines.append(f"  {LABELS[name]} [{shown_score(score)}] {short(response)}")
     return "\n".join(lines)
 
 
-def _mean(values: list[Any]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[Any]) -> float:
+    given = [value for value in values if value is not None]
+    return sum(given) / len(given) if given else math.nan
 
 
 def _share(value: float, interval: tuple[float, float]) -> dict[str, Any]:

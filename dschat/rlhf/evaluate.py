@@ -1,19 +1,17 @@
-"""The policy on held-out prompts: what it answers, how the reward model scores it, how far it moved."""
+"""The policy on held-out prompts: what it answers, how the reward scores it, how far it moved."""
 
-from collections.abc import Iterator
+import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Any
 
-from dschat.data.loader import collate_prompts
-from dschat.engine.deepspeed_engine import whole_model
 from dschat.engine.distributed import Runtime, gather_objects
-from dschat.functional import kl_penalty
-from dschat.rlhf.experience import distinct_n, gather_experience, response_scores, response_tokens, score_rollout
-from dschat.rlhf.rlhf_engine import RLHFEngine
-from dschat.rlhf.rollout import Rollout, Sampling, generate, row_uniforms
+from dschat.rlhf.collect import Collector, judge, roll_out
+from dschat.rlhf.experience import distinct_n, gather_experience, score_rollout
+from dschat.rlhf.rollout import tokens_of
+from dschat.rlhf.samples import decode_responses, prompt_text
 
 import datasets
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EVAL_SEED = (
     1_000_003  # every evaluation draws with the same numbers, so that two policies differ by their weights only
@@ -25,133 +23,109 @@ class HeldOut:
     """This rank's share of the held-out prompts. ``num_prompts`` counts the real ones of all ranks; the shares are
     filled up to equal size with repeats, which come last in global order and are cut off after gathering."""
 
-    input_ids: torch.Tensor  # (B, P) left-padded
-    attention_mask: torch.Tensor  # (B, P)
-    questions: list[str]
+    rows: list[dict[str, Any]]  # token rows of the data
     num_prompts: int
 
 
-def held_out_prompts(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> HeldOut:
+def held_out_prompts(rows: datasets.Dataset, runtime: Runtime) -> HeldOut:
     """This rank's every world_size-th prompt; repeats of the first fill the shares up to equal size."""
     num_prompts = len(rows)
     padded = [*range(num_prompts), *[0] * (-num_prompts % runtime.world_size)]
-    mine = [rows[i] for i in padded[runtime.rank :: runtime.world_size]]
-    batch = collate_prompts(mine, tokenizer.pad_token_id)
-    return HeldOut(
-        batch["input_ids"].to(runtime.device),
-        batch["attention_mask"].to(runtime.device),
-        [prompt_text(row["messages"]) for row in mine],
-        num_prompts,
-    )
-
-
-def prompt_text(messages: list[dict[str, str]]) -> str:
-    """A lone question as it is; a longer dialogue with its roles."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return HeldOut([rows[i] for i in padded[runtime.rank :: runtime.world_size]], num_prompts)
 
 
 def evaluate_policy(
-    engine: RLHFEngine,
-    held_out: HeldOut,
-    sampling: Sampling,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
-    micro_batch_size: int,
-    runtime: Runtime,
-) -> tuple[dict[str, float], list[dict]]:
-    """Sample one response per held-out prompt. Returns metrics (equal on all ranks) and a row per prompt."""
-    engine.eval()
-    real = held_out.num_prompts
-    parts = []
-    with whole_model(engine.actor, runtime.device) as actor:
-        for rollout in _rollouts(actor, held_out, sampling, tokenizer, batch_size, runtime, EVAL_SEED):
-            parts.append(score_rollout(engine, rollout, sampling, micro_batch_size))
-    kl_rows, responses, scores, finished = [], [], [], []
-    for part in parts:
-        everyone = gather_experience(part, runtime, tokenizer.pad_token_id)
-        kl = kl_penalty(everyone.logprobs, everyone.ref_logprobs, "kl") * everyone.action_mask
-        kl_rows += kl.sum(1).tolist()
-        responses += response_tokens(everyone.response_ids, everyone.action_mask)
-        scores += everyone.scores.tolist()
-        finished += everyone.finished.tolist()
-    questions = gather_objects(held_out.questions, runtime)
-    texts = decode_responses(tokenizer, responses)
+    collector: Collector, held_out: HeldOut, kl_coef: float
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One sampled response per held-out prompt. Returns metrics (equal on all ranks) and a row per prompt.
+
+    The KL is that of the sampled tokens (k1). The mean score is over the responses that have a finite one; the
+    objective is the mean score less ``kl_coef`` times the KL.
+    """
+    collector = dataclasses.replace(collector, num_samples=1)
+    real, runtime, tokenizer = held_out.num_prompts, collector.runtime, collector.tokenizer
+    rollout = roll_out(collector, held_out.rows, EVAL_SEED)
+    samples, scores = judge(collector, rollout, held_out.rows)
+    # Every token of every answer, whatever is learned from it; the values of the critic are not asked for.
+    engine = dataclasses.replace(collector.engine, critic=None)
+    local = score_rollout(
+        engine,
+        rollout,
+        scores.total.to(runtime.device),
+        rollout.response_mask,
+        collector.sampling,
+        "kl",
+        collector.micro_batch_size,
+    )
+    everyone = gather_experience(local, runtime, tokenizer.pad_token_id)
+    questions = gather_objects([prompt_text(row["messages"]) for row in held_out.rows], runtime)
+    counted = gather_objects(scores.counts.tolist(), runtime)
+    responses = tokens_of(everyone.response_ids, everyone.response_mask)[:real]
+    kl = everyone.kl.sum(1).tolist()
+    totals, finished = everyone.scores.tolist(), everyone.finished.tolist()
     rows = [
-        {"prompt": q, "response": t, "score": round(s, 4), "kl": round(k, 4), "length": len(r), "finished": f}
-        for q, t, s, k, r, f in zip(questions, texts, scores, kl_rows, responses, finished, strict=True)
-    ][:real]
-    mean = {name: sum(row[name] for row in rows) / real for name in ("score", "kl", "length", "finished")}
+        {
+            "prompt": questions[i],
+            "response": text,
+            "score": round(totals[i], 4) if counted[i] and math.isfinite(totals[i]) else None,
+            "kl": round(kl[i], 4),
+            "length": len(responses[i]),
+            "finished": finished[i],
+        }
+        for i, text in enumerate(decode_responses(tokenizer, responses))
+    ]
+    mean = {name: _mean([row[name] for row in rows]) for name in ("score", "kl", "length", "finished")}
     metrics = {
         "eval/score_mean": mean["score"],
         "eval/kl_per_seq": mean["kl"],
+        "eval/objective": mean["score"] - kl_coef * mean["kl"],
         "eval/response_length": mean["length"],
         "eval/finished_fraction": mean["finished"],
-        "eval/distinct_2": distinct_n(responses[:real], 2),
+        "eval/distinct_2": distinct_n(responses, 2),
     }
     return metrics, rows
 
 
-@torch.no_grad()
-def best_of_n(
-    engine: RLHFEngine,
-    held_out: HeldOut,
-    sampling: Sampling,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    n: int,
-    batch_size: int,
-    runtime: Runtime,
-) -> list[dict]:
-    """The response that the reward model likes best out of ``n`` samples, a row per held-out prompt."""
-    best_scores = torch.full((len(held_out.questions),), float("-inf"), device=runtime.device)
-    best_texts = [""] * len(held_out.questions)
-    with whole_model(engine.actor, runtime.device) as actor:
-        for sample in range(n):
-            start = 0
-            seed = EVAL_SEED + 1 + sample
-            for rollout in _rollouts(actor, held_out, sampling, tokenizer, batch_size, runtime, seed):
-                scores = response_scores(engine.reward, rollout)
-                texts = decode_responses(tokenizer, response_tokens(rollout.response_ids, rollout.action_mask))
-                for i, (score, text) in enumerate(zip(scores, texts, strict=True), start):
-                    if score > best_scores[i]:
-                        best_scores[i], best_texts[i] = score, text
-                start += len(texts)
-    rows = [
-        {"prompt": q, "response": t, "score": round(s, 4)}
-        for q, t, s in zip(held_out.questions, best_texts, best_scores.tolist(), strict=True)
+def _mean(values: list[float | None]) -> float:
+    given = [value for value in values if value is not None]
+    return sum(given) / len(given) if given else math.nan
+
+
+def best_of_n(collector: Collector, held_out: HeldOut, n: int) -> list[dict[str, Any]]:
+    """The response that the reward likes best out of ``n`` samples, a row per held-out prompt."""
+    collector = dataclasses.replace(collector, num_samples=1)
+    best: list[dict[str, Any]] = [
+        {"prompt": prompt_text(row["messages"]), "response": "", "score": None} for row in held_out.rows
     ]
-    return gather_objects(rows, runtime)[: held_out.num_prompts]
+    for sample in range(n):
+        rollout = roll_out(collector, held_out.rows, EVAL_SEED + 1 + sample)
+        samples, scores = judge(collector, rollout, held_out.rows)
+        for row, response, score, counted in zip(
+            best, samples.responses, scores.total.tolist(), scores.counts.tolist(), strict=True
+        ):
+            if counted and math.isfinite(score) and (row["score"] is None or score > row["score"]):
+                row |= {"response": response, "score": round(score, 4)}
+    return gather_objects(best, collector.runtime)[: held_out.num_prompts]
 
 
-def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]) -> list[str]:
-    """The text of each response, without its end token."""
-    return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+class BestSoFar:
+    """The best evaluation by a held-out metric ("score", "objective" or "none"), and when to give up on a better."""
 
+    def __init__(self, metric: str, patience: int):
+        self.name = {"score": "eval/score_mean", "objective": "eval/objective"}.get(metric)
+        self.patience, self.step, self.value, self.num_worse = patience, 0, -math.inf, 0
 
-def _rollouts(
-    actor: PreTrainedModel,
-    held_out: HeldOut,
-    sampling: Sampling,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    runtime: Runtime,
-    seed: int,
-) -> Iterator[Rollout]:
-    size = len(held_out.questions)
-    uniforms = row_uniforms(size * runtime.world_size, sampling.max_new_tokens, seed)[
-        runtime.rank :: runtime.world_size
-    ]
-    for start in range(0, size, batch_size):
-        rows = slice(start, start + batch_size)
-        yield generate(
-            actor,
-            held_out.input_ids[rows],
-            held_out.attention_mask[rows],
-            sampling,
-            uniforms[rows],
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    def improves(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether this evaluation is the best so far; one that is not a number never is."""
+        if self.name is None:
+            return False
+        if metrics[self.name] > self.value:
+            self.step, self.value, self.num_worse = step, metrics[self.name], 0
+            return True
+        self.num_worse += 1
+        return False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether ``patience`` evaluations in a row were no better; never with a patience of 0."""
+        return 0 < self.patience <= self.num_worse

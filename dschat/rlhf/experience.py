@@ -4,32 +4,55 @@ import dataclasses
 from dataclasses import dataclass
 
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_rows
-from dschat.functional import entropy, gae, kl_penalty, masked_mean, masked_whiten, shape_rewards, token_logprobs
+from dschat.functional import (
+    entropy,
+    full_kl,
+    gae,
+    grpo_advantages,
+    kl_penalty,
+    masked_mean,
+    masked_whiten,
+    rewards_to_go,
+    rloo_advantages,
+    score_unfinished,
+    shape_rewards,
+    token_logprobs,
+)
 from dschat.models.forward import response_logits
-from dschat.models.scorer import last_token_values
 from dschat.rlhf.rlhf_engine import RLHFEngine
-from dschat.rlhf.rollout import Rollout, Sampling
+from dschat.rlhf.rollout import Rollout, Sampling, tokens_of
 
 import torch
 from torch import nn
 
+GAE = "gae"
+ESTIMATORS = (GAE, "rloo", "grpo", "reinforce_pp")
+KL_KINDS = ("kl", "abs", "mse", "k3", "full")
+
 
 @dataclass
 class Experience:
-    """B responses and what the four models say of them. P prompt, R response; nats; 0 outside ``action_mask``."""
+    """B responses and what the models and the reward say of them. P prompt, R response; nats; 0 outside
+    ``action_mask``.
+
+    ``response_mask`` is True on every token of a response up to and including EOS; ``action_mask`` only on those that
+    are learned from: none of a response without a score, none of what a mask of the data or the reward leaves out.
+    """
 
     input_ids: torch.Tensor  # (B, P) left-padded prompts
     attention_mask: torch.Tensor  # (B, P) bool
     response_ids: torch.Tensor  # (B, R)
-    action_mask: torch.Tensor  # (B, R) bool, up to and including EOS
-    finished: torch.Tensor  # (B,) bool
+    response_mask: torch.Tensor  # (B, R) bool
+    action_mask: torch.Tensor  # (B, R) bool
+    finished: torch.Tensor  # (B,) bool: ended with EOS
+    scores: torch.Tensor  # (B,) of the reward; 0 where there is none
     sampler_logprobs: torch.Tensor  # (B, R) as the sampler saw them
     logprobs: torch.Tensor  # (B, R) actor, one forward
     ref_logprobs: torch.Tensor  # (B, R)
     entropy: torch.Tensor  # (B, R)
-    values: torch.Tensor  # (B, R) critic, of the state before each action
-    scores: torch.Tensor  # (B,) reward model, as it says
-    kl: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (B, R)
+    kl: torch.Tensor  # (B, R) of the kind that is penalised
+    values: torch.Tensor  # (B, R) critic, of the state before each action; 0 without a critic
+    final_values: torch.Tensor  # (B,) of the state after the last token
     rewards: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (B, R)
     advantages: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (B, R)
     returns: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (B, R)
@@ -37,11 +60,16 @@ class Experience:
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def scored(self) -> torch.Tensor:
+        """(B,) bool: rows with anything to learn from."""
+        return self.action_mask.any(1)
+
     def rows(self, index: torch.Tensor | slice) -> "Experience":
         """The given rows, without the columns that are padding in all of them."""
         picked = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self) if len(getattr(self, f.name))}
         prompt_size = int(picked["attention_mask"].sum(1).max())
-        response_size = int(picked["action_mask"].sum(1).max())
+        response_size = int(picked["response_mask"].sum(1).max())
         for name, value in picked.items():
             if name in ("input_ids", "attention_mask"):
                 picked[name] = value[:, value.shape[1] - prompt_size :]
@@ -53,7 +81,7 @@ class Experience:
 def sequences(batch: Rollout | Experience) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt and response side by side: ids (B, P + R) and their mask (B, P + R)."""
     ids = torch.cat([batch.input_ids, batch.response_ids], dim=1)
-    return ids, torch.cat([batch.attention_mask, batch.action_mask], dim=1)
+    return ids, torch.cat([batch.attention_mask, batch.response_mask], dim=1)
 
 
 def policy_logits(
@@ -65,35 +93,50 @@ def policy_logits(
 
 
 def response_values(critic: nn.Module, batch: Rollout | Experience) -> torch.Tensor:
-    """(B, R): the critic's value of the state in which each action was taken, that is at the token before it."""
+    """(B, R + 1): the critic's value of the state before each action, that is at the token before it; then of the
+    state after the last column, which is the state after the last token where a response has no padding."""
     ids, mask = sequences(batch)
-    return critic(ids, mask)[:, batch.input_ids.shape[1] - 1 : -1]
-
-
-def response_scores(reward: nn.Module, batch: Rollout | Experience) -> torch.Tensor:
-    """(B,): the reward model's value at the last real token."""
-    ids, mask = sequences(batch)
-    return last_token_values(reward(ids, mask), mask)
+    return critic(ids, mask)[:, batch.input_ids.shape[1] - 1 :]
 
 
 @torch.no_grad()
-def score_rollout(engine: RLHFEngine, rollout: Rollout, sampling: Sampling, micro_batch_size: int) -> Experience:
-    """Ask all four models about a rollout, in micro-batches, everything in eval mode."""
+def score_rollout(
+    engine: RLHFEngine,
+    rollout: Rollout,
+    scores: torch.Tensor,
+    action_mask: torch.Tensor,
+    sampling: Sampling,
+    kl_kind: str,
+    micro_batch_size: int,
+) -> Experience:
+    """Ask actor, reference and critic about a rollout that has been scored, in micro-batches, all in eval mode.
+
+    ``scores`` (B,) and ``action_mask`` (B, R) as in `Experience`; ``kl_kind`` is one of KL_KINDS.
+    """
     engine.eval()
     parts = []
     for start in range(0, len(rollout.finished), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         part = Rollout(**{f.name: getattr(rollout, f.name)[rows] for f in dataclasses.fields(rollout)})
-        mask = part.action_mask
+        mask = action_mask[rows]
         logits = policy_logits(engine.actor, engine, part, sampling)
         ref_logits = policy_logits(engine.ref, engine, part, sampling)
+        logprobs = token_logprobs(logits, part.response_ids)
+        ref_logprobs = token_logprobs(ref_logits, part.response_ids)
+        exact = kl_kind == "full"
+        kl = full_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, kl_kind)
+        values = torch.zeros(len(part.finished), logits.shape[1] + 1, device=logits.device)
+        if engine.critic is not None:
+            values = response_values(engine.critic, part)
         parts.append(
             {
-                "logprobs": _masked(token_logprobs(logits, part.response_ids), mask),
-                "ref_logprobs": _masked(token_logprobs(ref_logits, part.response_ids), mask),
+                "sampler_logprobs": _masked(part.logprobs, mask),
+                "logprobs": _masked(logprobs, mask),
+                "ref_logprobs": _masked(ref_logprobs, mask),
                 "entropy": _masked(entropy(logits), mask),
-                "values": _masked(response_values(engine.critic, part), mask),
-                "scores": response_scores(engine.reward, part),
+                "kl": _masked(kl, mask),
+                "values": _masked(values[:, :-1], mask),
+                "final_values": values.gather(1, part.response_mask.sum(1, keepdim=True)).squeeze(1),
             }
         )
     scored = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -101,9 +144,10 @@ def score_rollout(engine: RLHFEngine, rollout: Rollout, sampling: Sampling, micr
         rollout.input_ids,
         rollout.attention_mask,
         rollout.response_ids,
-        rollout.action_mask,
+        rollout.response_mask,
+        action_mask,
         rollout.finished,
-        rollout.logprobs,
+        scores,
         **scored,
     )
 
@@ -112,8 +156,8 @@ def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, x, torch.zeros((), device=x.device, dtype=x.dtype))
 
 
-def gather_experience(local: Experience, runtime: Runtime, pad_token_id: int) -> Experience:
-    """The rows of all ranks on every rank, in global order.
+def gather_experience(local: Experience, runtime: Runtime, pad_token_id: int, group_size: int = 1) -> Experience:
+    """The rows of all ranks on every rank, in global order; ``group_size`` responses to one prompt stay neighbours.
 
     An experience is small beside a model (some tens of MB for a thousand long responses). Having all of it everywhere
     makes whitening and the choice of minibatches the same on any number of ranks.
@@ -132,7 +176,7 @@ def gather_experience(local: Experience, runtime: Runtime, pad_token_id: int) ->
             missing = (prompt_size if is_prompt else response_size) - value.shape[1]
             fill = pad_token_id if field.name in ("input_ids", "response_ids") else 0
             value = nn.functional.pad(value, (missing, 0) if is_prompt else (0, missing), value=fill)
-        gathered[field.name] = gather_rows(value, runtime)
+        gathered[field.name] = gather_rows(value, runtime, group_size)
     return Experience(**gathered)
 
 
@@ -140,64 +184,80 @@ def gather_experience(local: Experience, runtime: Runtime, pad_token_id: int) ->
 class Shaping:
     """How scores become advantages; see the flags of the same names in step 3."""
 
-    kl_coef: float
+    estimator: str  # one of ESTIMATORS
+    group_size: int  # responses to one prompt, which are neighbours
+    kl_in_reward: bool
     gamma: float
     lam: float
     clip_reward_value: float  # 0: no clipping
+    missing_eos: str  # subtract, replace or bootstrap
     missing_eos_penalty: float
+    whiten_rewards: bool
     whiten_advantages: bool
 
 
-def add_advantages(experience: Experience, shaping: Shaping) -> Experience:
-    """Rewards (the KL penalty on every action, the score on the last one), then GAE, then whitening.
+def add_advantages(experience: Experience, shaping: Shaping, kl_coef: float) -> Experience:
+    """Rewards (the KL penalty on every action, the score on the last one), then advantages, then whitening.
 
-    The score is clipped to ± ``clip_reward_value``; a response cut off at the length limit loses
-    ``missing_eos_penalty``. All rows of the rollout must be here: whitening is over the whole of them.
+    The score is clipped to ± ``clip_reward_value``, then changed by the rule for responses cut off at the length
+    limit. All rows of the rollout must be here: whitening is over the whole of them. Returns are 0 without a critic.
     """
     mask = experience.action_mask
-    kl = kl_penalty(experience.logprobs, experience.ref_logprobs, "kl")
     scores = experience.scores
     if shaping.clip_reward_value > 0:
         scores = scores.clamp(-shaping.clip_reward_value, shaping.clip_reward_value)
-    scores = scores - shaping.missing_eos_penalty * (~experience.finished)
-    rewards = shape_rewards(scores, kl, mask, shaping.kl_coef)
-    advantages, returns = gae(rewards, experience.values, mask, shaping.gamma, shaping.lam)
+    scores = score_unfinished(scores, experience.finished, shaping.missing_eos_penalty, shaping.missing_eos)
+    rewards = shape_rewards(scores, experience.kl, mask, kl_coef if shaping.kl_in_reward else 0.0)
+    if shaping.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    returns = torch.zeros_like(rewards)
+    if shaping.estimator == GAE:
+        cut_off = torch.where(experience.finished, 0.0, experience.final_values)
+        final_values = cut_off if shaping.missing_eos == "bootstrap" else None
+        advantages, returns = gae(
+            rewards, experience.values, mask, shaping.gamma, shaping.lam, final_values=final_values
+        )
+    elif shaping.estimator == "reinforce_pp":
+        advantages = rewards_to_go(rewards, mask, shaping.gamma)
+    else:
+        against_group = {"rloo": rloo_advantages, "grpo": grpo_advantages}[shaping.estimator]
+        of_response = against_group(rewards.sum(1), shaping.group_size, experience.scored)
+        advantages = _masked(of_response[:, None].expand_as(rewards), mask)
     if shaping.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
-    return dataclasses.replace(experience, kl=kl, rewards=rewards, advantages=advantages, returns=returns)
+    return dataclasses.replace(experience, rewards=rewards, advantages=advantages, returns=returns)
 
 
 def experience_metrics(experience: Experience, clip_reward_value: float) -> dict[str, float]:
-    """What a rollout says about the policy. Nats; a name says its denominator."""
+    """What a rollout says about the policy. Nats; a name says its denominator; rows without a score do not count."""
     mask = experience.action_mask
     kl = kl_penalty(experience.logprobs, experience.ref_logprobs, "kl") * mask
-    scores = experience.scores
-    returns_error = experience.returns - experience.values
+    scores = experience.scores[experience.scored]
     metrics = {
-        "objective/kl_per_seq": kl.sum(1).mean(),
+        "objective/kl_per_seq": kl.sum() / len(scores),
         "objective/kl_per_token": kl.sum() / mask.sum(),
+        "objective/kl_penalty_per_seq": experience.kl.sum() / len(scores),
         "objective/entropy_per_token": masked_mean(experience.entropy, mask),
         "objective/score_mean": scores.mean(),
         "objective/score_std": scores.std(correction=0),
-        "critic/explained_variance": 1 - _variance(returns_error, mask) / _variance(experience.returns, mask),
-        "rollout/response_length": mask.sum(1).float().mean(),
+        "rollout/response_length": experience.response_mask.sum(1).float().mean(),
         "rollout/finished_fraction": experience.finished.float().mean(),
+        "rollout/scored_fraction": experience.scored.float().mean(),
+        "rollout/masked_fraction": 1 - mask.sum() / experience.response_mask.sum(),
         "rollout/sampler_logprob_diff_max": (experience.logprobs - experience.sampler_logprobs).abs().max(),
     }
+    if len(experience.returns) and bool(experience.returns.any()):
+        error = experience.returns - experience.values
+        metrics["critic/explained_variance"] = 1 - _variance(error, mask) / _variance(experience.returns, mask)
     if clip_reward_value > 0:
         metrics["objective/score_clipped_fraction"] = (scores.abs() > clip_reward_value).float().mean()
     result = {name: value.item() for name, value in metrics.items()}
-    return result | {"rollout/distinct_2": distinct_n(response_tokens(experience.response_ids, mask), 2)}
+    responses = tokens_of(experience.response_ids, experience.response_mask)
+    return result | {"rollout/distinct_2": distinct_n(responses, 2)}
 
 
 def _variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return x[mask].var(correction=0).clamp(min=1e-12)
-
-
-def response_tokens(response_ids: torch.Tensor, action_mask: torch.Tensor) -> list[list[int]]:
-    """The tokens of each response, padding left out."""
-    sizes = action_mask.sum(1).tolist()
-    return [row[:size] for row, size in zip(response_ids.tolist(), sizes, strict=True)]
 
 
 def distinct_n(responses: list[list[int]], n: int) -> float:

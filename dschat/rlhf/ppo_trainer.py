@@ -1,16 +1,30 @@
-"""One PPO update: the clipped policy and value losses over a minibatch, and the check of the first one."""
+"""One PPO update: the clipped policy and value losses over a minibatch, and the checks around it."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dschat.data.loader import Batch
 from dschat.engine.deepspeed_engine import backward, grad_norm
 from dschat.engine.distributed import Runtime, all_reduce_max, all_reduce_sum
-from dschat.functional import ppo_policy_loss, ppo_value_loss, token_logprobs
-from dschat.rlhf.experience import Experience, policy_logits, response_scores, response_values
+from dschat.functional import (
+    entropy,
+    full_kl,
+    kl_penalty,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sft_loss,
+    token_logprobs,
+    token_mean,
+)
+from dschat.models.forward import model_inputs
+from dschat.rlhf.experience import Experience, policy_logits, response_values
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling
 
 import torch
-from torch import nn
+
+Stats = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -22,133 +36,229 @@ class UpdateSpec:
     micro_batch_size: int  # of one rank: one forward and backward
     cliprange: float
     cliprange_value: float
+    dual_clip: float | None = None
+    vf_coef: float = 1.0
+    entropy_coef: float = 0.0
+    kl_loss: str | None = None  # the kind of KL that is part of the loss; None: it is in the rewards
+    unsup_coef: float = 0.0
+    max_approx_kl: float = 0.0  # 0: no limit
+    max_ratio: float = 0.0  # 0: no limit
 
 
 def train_rlhf(
-    engine: RLHFEngine, experience: Experience, sampling: Sampling, spec: UpdateSpec, seed: int, runtime: Runtime
-) -> list[dict[str, float]]:
+    engine: RLHFEngine,
+    experience: Experience,
+    sampling: Sampling,
+    spec: UpdateSpec,
+    seed: int,
+    runtime: Runtime,
+    *,
+    kl_coef: float = 0.0,
+    train_policy: bool = True,
+    ptx: Iterator[list[Batch]] | None = None,
+) -> list[Stats]:
     """``ppo_epochs`` passes over the rollout, each cut into minibatches in a fresh order, the same on every rank.
 
-    Returns the statistics of each minibatch, the first one first.
+    ``train_policy`` False trains the critic alone. ``kl_coef`` weighs a KL term of the loss; ``ptx`` yields the
+    demonstrations of one optimizer step, this rank's micro-batches. Ends early before a minibatch on which the policy
+    is too far from the one that sampled (`UpdateSpec.max_approx_kl`, ``max_ratio``). Returns the statistics of each
+    minibatch, the first one first.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
-    updates = []
+    updates: list[Stats] = []
     for _ in range(spec.ppo_epochs):
         order = torch.randperm(len(experience), generator=generator).to(experience.scores.device)
         for rows in order.split(spec.minibatch_size):
-            updates.append(train_minibatch(engine, experience.rows(rows), sampling, spec, runtime))
+            minibatch = experience.rows(rows)
+            if not minibatch.action_mask.any():
+                continue
+            if updates and train_policy and too_far(engine, minibatch, sampling, spec, runtime):
+                return updates
+            policy: Stats = {}
+            if train_policy:
+                demonstrations = next(ptx) if ptx is not None else []
+                policy = add_policy_gradient(engine, minibatch, sampling, spec, runtime, kl_coef, demonstrations)
+            critic = add_critic_gradient(engine, minibatch, spec, runtime) if engine.critic is not None else {}
+            updates.append(policy | critic | step(engine, train_policy))
     return updates
 
 
-def train_minibatch(
-    engine: RLHFEngine, minibatch: Experience, sampling: Sampling, spec: UpdateSpec, runtime: Runtime
-) -> dict[str, float]:
-    """One optimizer step of actor and critic on the rows of ``minibatch`` (the same on every rank).
+def step(engine: RLHFEngine, train_policy: bool) -> Stats:
+    """One optimizer step of each model, once the losses of both are known to be finite."""
+    norms = {}
+    if train_policy:
+        engine.actor.step()
+        norms["policy/grad_norm"] = grad_norm(engine.actor)
+        if engine.ema is not None:
+            engine.ema.update()
+    if engine.critic is not None:
+        engine.critic.step()
+        norms["critic/grad_norm"] = grad_norm(engine.critic)
+    return norms
 
-    Each rank takes every world_size-th row. Both losses are divided by the actions of the whole minibatch, so neither
-    micro-batches nor ranks change the step.
+
+def add_policy_gradient(
+    engine: RLHFEngine,
+    minibatch: Experience,
+    sampling: Sampling,
+    spec: UpdateSpec,
+    runtime: Runtime,
+    kl_coef: float = 0.0,
+    demonstrations: list[Batch] | None = None,
+) -> Stats:
+    """The gradient of the actor on the rows of ``minibatch`` (the same on every rank): the clipped objective,
+    minus the entropy bonus, plus the KL term, plus the loss of the demonstrations, each where it is asked for.
+
+    Each rank takes every world_size-th row. Every term is divided by the actions (PTX: the tokens) of the whole
+    minibatch, so neither micro-batches nor ranks change the step.
 
     Raises:
         RuntimeError: a loss is not finite; nothing has been stepped then.
     """
     engine.train()
     num_tokens = float(minibatch.action_mask.sum())
-    rows = torch.arange(runtime.rank, len(minibatch), runtime.world_size, device=minibatch.scores.device)
-    sums: dict[str, torch.Tensor] = {}
-    maxima = {"policy/ratio_max": 0.0, "policy/log_ratio_abs_max": 0.0}
-    for part in rows.split(spec.micro_batch_size):
-        batch = minibatch.rows(part)
-        logprobs = token_logprobs(policy_logits(engine.actor, engine, batch, sampling), batch.response_ids)
-        policy_loss, policy = ppo_policy_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.action_mask, spec.cliprange, denominator=num_tokens
+    sums = _Sums()
+    for batch in micro_batches(minibatch, spec.micro_batch_size, runtime):
+        mask = batch.action_mask
+        logits = policy_logits(engine.actor, engine, batch, sampling)
+        logprobs = token_logprobs(logits, batch.response_ids)
+        loss, policy = ppo_policy_loss(
+            logprobs,
+            batch.logprobs,
+            batch.advantages,
+            mask,
+            spec.cliprange,
+            dual_clip=spec.dual_clip,
+            denominator=num_tokens,
         )
-        backward(engine.actor, policy_loss)
-        values = response_values(engine.critic, batch)
-        value_loss, critic = ppo_value_loss(
+        sums.add("policy/loss", loss)
+        share = policy["num_tokens"] / num_tokens
+        for name in ("approx_kl", "clip_fraction", "dual_clip_fraction"):
+            if name in policy:
+                sums.add(f"policy/{name}", policy[name] * share)
+        if spec.entropy_coef:
+            bonus = token_mean(entropy(logits), mask, denominator=num_tokens)
+            sums.add("policy/entropy_per_token", bonus)
+            loss = loss - spec.entropy_coef * bonus
+        if spec.kl_loss is not None:
+            if spec.kl_loss == "full":
+                with torch.no_grad():
+                    ref_logits = policy_logits(engine.ref, engine, batch, sampling)
+                kl = full_kl(logits, ref_logits)
+            else:
+                # Padding has a log-probability of about -1e38, whose penalty is infinite: 0 times it is not a number.
+                kl = kl_penalty(torch.where(mask, logprobs, batch.ref_logprobs), batch.ref_logprobs, spec.kl_loss)
+            penalty = token_mean(kl, mask, denominator=num_tokens)
+            sums.add("policy/kl_loss", penalty)
+            loss = loss + kl_coef * penalty
+        backward(engine.actor, loss)
+        drift = torch.where(mask, logprobs.detach() - batch.logprobs, 0.0).abs().max()
+        sums.maximum("policy/ratio_max", policy["ratio_max"])
+        sums.maximum("policy/log_ratio_abs_max", drift)
+    if demonstrations:
+        loss = add_demonstrations_gradient(engine, demonstrations, spec.unsup_coef, runtime)
+        sums.add("policy/ptx_loss", loss)
+    return sums.reduce(runtime)
+
+
+def add_demonstrations_gradient(
+    engine: RLHFEngine, demonstrations: list[Batch], coefficient: float, runtime: Runtime
+) -> torch.Tensor:
+    """Adds the gradient of ``coefficient`` times the mean loss of the demonstrations' tokens, over all ranks, to that
+    of the same optimizer step (PPO-ptx: Ouyang et al. 2022, eq. 2). Returns this rank's share of the mean.
+
+    A backward pass of its own frees the graph of the policy first; the sum of the gradients is that of one loss.
+    """
+    counts = torch.stack([batch["loss_mask"].sum() for batch in demonstrations]).sum()
+    num_tokens = all_reduce_sum(counts, runtime).item()
+    total = torch.zeros((), device=runtime.device)
+    for batch in demonstrations:
+        inputs = model_inputs(engine.family, batch["input_ids"], batch["attention_mask"])
+        logits = engine.actor(**inputs, use_cache=False).logits
+        loss, _ = sft_loss(logits, batch["input_ids"], batch["loss_mask"], denominator=num_tokens)
+        backward(engine.actor, coefficient * loss)
+        total += loss.detach()
+    return total
+
+
+def add_critic_gradient(engine: RLHFEngine, minibatch: Experience, spec: UpdateSpec, runtime: Runtime) -> Stats:
+    """The gradient of the critic, of the clipped value loss; rows and denominators as for the policy.
+
+    Raises:
+        RuntimeError: the loss is not finite; nothing has been stepped then.
+    """
+    critic = engine.critic
+    assert critic is not None
+    engine.train()
+    num_tokens = float(minibatch.action_mask.sum())
+    sums = _Sums()
+    for batch in micro_batches(minibatch, spec.micro_batch_size, runtime):
+        values = response_values(critic, batch)[:, :-1]
+        loss, stats = ppo_value_loss(
             values, batch.values, batch.returns, batch.action_mask, spec.cliprange_value, denominator=num_tokens
         )
-        backward(engine.critic, value_loss)
-        share = policy["num_tokens"] / num_tokens
-        shares = {
-            "policy/loss": policy_loss.detach(),
-            "policy/approx_kl": policy["approx_kl"] * share,
-            "policy/clip_fraction": policy["clip_fraction"] * share,
-            "critic/loss": value_loss.detach(),
-            "critic/clip_fraction": critic["value_clip_fraction"] * share,
-        }
-        sums = {name: sums.get(name, 0) + value for name, value in shares.items()}
-        log_ratio = (logprobs.detach() - batch.logprobs)[batch.action_mask].abs().max()
-        maxima["policy/ratio_max"] = max(maxima["policy/ratio_max"], policy["ratio_max"].item())
-        maxima["policy/log_ratio_abs_max"] = max(maxima["policy/log_ratio_abs_max"], log_ratio.item())
-
-    totals = all_reduce_sum(torch.stack(list(sums.values())), runtime).tolist()
-    stats = dict(zip(sums, totals, strict=True))
-    stats |= {name: all_reduce_max(value, runtime) for name, value in maxima.items()}
-    if not all(torch.isfinite(torch.tensor([stats["policy/loss"], stats["critic/loss"]]))):
-        raise RuntimeError(f"PPO loss is not finite: {stats}; lower the learning rates or use --dtype bf16 or fp32")
-    engine.actor.step()
-    engine.critic.step()
-    return stats | {"policy/grad_norm": grad_norm(engine.actor), "critic/grad_norm": grad_norm(engine.critic)}
+        backward(critic, spec.vf_coef * loss)
+        sums.add("critic/loss", loss)
+        sums.add("critic/clip_fraction", stats["value_clip_fraction"] * stats["num_tokens"] / num_tokens)
+    return sums.reduce(runtime)
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """How far two forwards of the same weights may differ, in nats: rounding, not mathematics."""
-    return 1e-3 if dtype == torch.float32 else 0.3
+def micro_batches(minibatch: Experience, size: int, runtime: Runtime) -> Iterator[Experience]:
+    """This rank's rows of a minibatch, ``size`` at a time."""
+    rows = torch.arange(runtime.rank, len(minibatch), runtime.world_size, device=minibatch.scores.device)
+    for part in rows.split(size):
+        yield minibatch.rows(part)
 
 
 @torch.no_grad()
-def check_experience(experience: Experience, kl_coef: float, dtype: torch.dtype) -> None:
-    """The self-check of the first rollout: what must hold exactly before any update.
-
-    The sampler and the trainer agree on every log-probability; actor and reference are still the same model; each
-    score lands on exactly one action.
-
-    Raises:
-        RuntimeError: one of them does not hold; training would be silently wrong.
-    """
-    limit = tolerance(dtype)
-    mask = experience.action_mask
-    gap = (experience.logprobs - experience.sampler_logprobs).abs().max().item()
-    if not gap <= limit:
-        raise RuntimeError(f"self-check: sampler and trainer differ by {gap:.2e} nats on a token (limit {limit})")
-    drift = (experience.logprobs - experience.ref_logprobs).abs().max().item()
-    if not drift <= limit:
-        raise RuntimeError(f"self-check: actor and reference differ by {drift:.2e} nats before training")
-    last = torch.nn.functional.one_hot(mask.sum(1) - 1, mask.shape[1]).bool()
-    score = experience.rewards + kl_coef * experience.kl
-    if (score[~last].abs() > 1e-6).any() or (experience.rewards[~mask] != 0).any():
-        raise RuntimeError("self-check: a score is not on the last action of its answer alone")
-    if not torch.isfinite(experience.scores).all():
-        raise RuntimeError("self-check: the reward model gave a score that is not finite")
+def too_far(engine: RLHFEngine, minibatch: Experience, sampling: Sampling, spec: UpdateSpec, runtime: Runtime) -> bool:
+    """Whether the policy has left the one that sampled by more than the limits, on this minibatch; before its step,
+    at the price of a forward pass. Without limits nothing is computed."""
+    if not spec.max_approx_kl and not spec.max_ratio:
+        return False
+    num_tokens = float(minibatch.action_mask.sum())
+    sums = _Sums()
+    for batch in micro_batches(minibatch, spec.micro_batch_size, runtime):
+        logprobs = token_logprobs(policy_logits(engine.actor, engine, batch, sampling), batch.response_ids)
+        _, stats = ppo_policy_loss(logprobs, batch.logprobs, batch.advantages, batch.action_mask, spec.cliprange)
+        sums.add("kl", stats["approx_kl"] * stats["num_tokens"] / num_tokens)
+        sums.maximum("ratio", stats["ratio_max"])
+    measured = sums.reduce(runtime)
+    return bool(
+        (spec.max_approx_kl and measured["kl"] > spec.max_approx_kl)
+        or (spec.max_ratio and measured["ratio"] > spec.max_ratio)
+    )
 
 
-@torch.no_grad()
-def check_reward_padding(reward: nn.Module, experience: Experience, pad_token_id: int, dtype: torch.dtype) -> None:
-    """The reward of a response must not depend on padding. All ranks call it with the same rows.
-
-    Raises:
-        RuntimeError: four more pads on either side change a score.
-    """
-    few = experience.rows(slice(0, 4))
-    plain = response_scores(reward, few)
-    pad = nn.functional.pad
-    wider = experience.rows(slice(0, 4))
-    wider.input_ids = pad(few.input_ids, (4, 0), value=pad_token_id)
-    wider.attention_mask = pad(few.attention_mask, (4, 0), value=False)
-    wider.response_ids = pad(few.response_ids, (0, 4), value=pad_token_id)
-    wider.action_mask = pad(few.action_mask, (0, 4), value=False)
-    gap = (response_scores(reward, wider) - plain).abs().max().item()
-    if not gap <= tolerance(dtype):
-        raise RuntimeError(f"self-check: padding changes a reward by {gap:.2e}; the model does not honour its mask")
+def mean_of(updates: list[Stats]) -> Stats:
+    """Over the minibatches of one rollout; of a maximum the maximum."""
+    names = updates[0] if updates else {}
+    return {
+        name: max(u[name] for u in updates) if name.endswith("_max") else sum(u[name] for u in updates) / len(updates)
+        for name in names
+    }
 
 
-def check_first_update(stats: dict[str, float], dtype: torch.dtype) -> None:
-    """The first minibatch is scored by the very weights that made it: every ratio is 1.
+class _Sums:
+    """Statistics of micro-batches, put together over micro-batches and ranks."""
 
-    Raises:
-        RuntimeError: it is not; dropout, a stale mask or another distribution.
-    """
-    if not stats["policy/log_ratio_abs_max"] <= tolerance(dtype):
-        raise RuntimeError(
-            f"self-check: the ratio before the first update is exp({stats['policy/log_ratio_abs_max']:.2e}), not 1"
-        )
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.maxima: dict[str, float] = {}
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+
+    def maximum(self, name: str, value: torch.Tensor) -> None:
+        self.maxima[name] = max(self.maxima.get(name, 0.0), value.item())
+
+    def reduce(self, runtime: Runtime) -> Stats:
+        """Raises RuntimeError when one is not finite."""
+        totals = all_reduce_sum(torch.stack(list(self.sums.values())), runtime).tolist()
+        stats = dict(zip(self.sums, totals, strict=True))
+        stats |= {name: all_reduce_max(value, runtime) for name, value in self.maxima.items()}
+        if not all(map(math.isfinite, stats.values())):
+            raise RuntimeError(
+                f"PPO loss is not finite: {stats}; lower the learning rates or use --dtype bf16 or fp32"
+            )
+        return stats

@@ -12,6 +12,7 @@ from dschat.functional import token_logprobs
 from dschat.models.forward import takes_positions
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -48,15 +49,20 @@ class Rollout:
     """Responses to B prompts. Prompts are left-padded, responses right-padded.
 
     Example: prompt (5, 6), response (7, EOS, padding): ``input_ids`` [pad, 5, 6], ``attention_mask`` [0, 1, 1],
-    ``response_ids`` [7, EOS, pad], ``action_mask`` [1, 1, 0], ``finished`` True.
+    ``response_ids`` [7, EOS, pad], ``response_mask`` [1, 1, 0], ``finished`` True.
     """
 
     input_ids: torch.Tensor  # (B, P) int64
     attention_mask: torch.Tensor  # (B, P) bool
     response_ids: torch.Tensor  # (B, R) int64, as sampled, pad after the end
-    action_mask: torch.Tensor  # (B, R) bool, up to and including EOS
+    response_mask: torch.Tensor  # (B, R) bool, up to and including EOS
     logprobs: torch.Tensor  # (B, R) float32 nats, the sampler's own; 0 outside the mask
     finished: torch.Tensor  # (B,) bool: ended with EOS within max_new_tokens
+
+
+def tokens_of(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """(B, T), (B, T) -> the tokens of each row, padding left out, on whichever side it is."""
+    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
 def row_uniforms(num_rows: int, num_steps: int, seed: int) -> torch.Tensor:
@@ -76,31 +82,68 @@ def generate(
     eos_token_id: int,
     pad_token_id: int,
 ) -> Rollout:
-    """Sample a response to every prompt with a plain Hugging Face model in eval mode.
+    """Sample n responses to each of B / n prompts with a plain Hugging Face model in eval mode.
 
-    ``input_ids``, ``attention_mask`` (B, P) left-padded; ``uniforms`` (B, max_new_tokens).
+    ``input_ids``, ``attention_mask`` (B / n, P) left-padded; ``uniforms`` (B, max_new_tokens), where n is B over the
+    number of prompts. The responses to one prompt are neighbours in the result, whose prompts are repeated n times.
     """
-    size = (input_ids.shape[0], sampling.max_new_tokens)
+    num_samples = len(uniforms) // len(input_ids)
+    size = (len(uniforms), sampling.max_new_tokens)
     response_ids = torch.full(size, pad_token_id, device=input_ids.device)
-    action_mask = torch.zeros(size, dtype=torch.bool, device=input_ids.device)
+    response_mask = torch.zeros(size, dtype=torch.bool, device=input_ids.device)
     logprobs = torch.zeros(size, device=input_ids.device)
     finished = torch.zeros(size[0], dtype=torch.bool, device=input_ids.device)
     steps = decode(model, input_ids, attention_mask, sampling, uniforms.to(input_ids.device), eos_token_id)
     length = 0
     for step, (rows, tokens, token_scores) in enumerate(steps):
         response_ids[rows, step] = tokens
-        action_mask[rows, step] = True
+        response_mask[rows, step] = True
         logprobs[rows, step] = token_scores
         finished[rows] = tokens == eos_token_id
         length = step + 1
     return Rollout(
-        input_ids,
-        attention_mask.bool(),
+        input_ids.repeat_interleave(num_samples, 0),
+        attention_mask.bool().repeat_interleave(num_samples, 0),
         response_ids[:, :length],
-        action_mask[:, :length],
+        response_mask[:, :length],
         logprobs[:, :length],
         finished,
     )
+
+
+def generate_in_batches(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    sampling: Sampling,
+    uniforms: torch.Tensor,
+    *,
+    batch_size: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> Rollout:
+    """`generate` for ``batch_size`` prompts at a time, so that the key-value cache of no more than these is held."""
+    num_samples = len(uniforms) // len(input_ids)
+    parts = [
+        generate(
+            model,
+            input_ids[start : start + batch_size],
+            attention_mask[start : start + batch_size],
+            sampling,
+            uniforms[start * num_samples : (start + batch_size) * num_samples],
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        for start in range(0, len(input_ids), batch_size)
+    ]
+    length = max(part.response_ids.shape[1] for part in parts)
+    joined = {}
+    for name, fill in (("response_ids", pad_token_id), ("response_mask", False), ("logprobs", 0.0)):
+        rows = [getattr(part, name) for part in parts]
+        joined[name] = torch.cat([pad(x, (0, length - x.shape[1]), value=fill) for x in rows])
+    for name in ("input_ids", "attention_mask", "finished"):
+        joined[name] = torch.cat([getattr(part, name) for part in parts])
+    return Rollout(**joined)
 
 
 @torch.no_grad()
@@ -114,11 +157,13 @@ def decode(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield per step the rows still running (N,), their next tokens (N,) and those tokens' log-probabilities (N,).
 
-    Rows that have ended leave the batch and its key-value cache, so they cost nothing more. Ends when none is left or
-    after ``max_new_tokens``.
+    The prompt is computed once, whatever the number of its responses (a row of ``uniforms`` each). Rows that have
+    ended leave the batch and its key-value cache, so they cost nothing more. Ends when none is left or after
+    ``max_new_tokens``.
     """
     positioned = takes_positions(model)
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+    num_samples = len(uniforms) // len(input_ids)
+    rows = torch.arange(len(uniforms), device=input_ids.device)
     mask = attention_mask.long()
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -128,7 +173,11 @@ def decode(
         output = model(
             input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs
         )
-        chosen, scores = draw(output.logits[:, -1], sampling, uniforms[rows, step])
+        logits = output.logits[:, -1]
+        if step == 0 and num_samples > 1:
+            logits, mask, positions = (x.repeat_interleave(num_samples, 0) for x in (logits, mask, positions))
+            cache.batch_repeat_interleave(num_samples)
+        chosen, scores = draw(logits, sampling, uniforms[rows, step])
         yield rows, chosen, scores
         running = chosen != eos_token_id
         if not running.all():

@@ -1,0 +1,101 @@
+"""PPO's variants on the embedded task, side by side: from the same SFT and reward model, by the task's judge.
+
+    python benchmarks/ppo_variants.py                            seeds 1, 2, 3; half an hour of two cores
+    python benchmarks/ppo_variants.py --seeds 1 --only "gae;rloo"
+
+Steps 1 and 2 run once per seed, by the recipes. Each variant changes the recipe of step 3 by the flags in VARIANTS;
+all train on the same number of answers. A run that is there already is not run again.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dschat.data.toy import judge
+from dschat.report.progress import table
+from dschat.report.summary import PPO, SFT, grade, read_answers, read_run, win_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "training/step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
+# Four answers to each of 25 prompts are as many as one to each of 100.
+GROUPS = "--num_samples_per_prompt 4 --per_device_generation_batch_size 25 --max_steps 45"
+VARIANTS = {
+    "gae": "",
+    "gae, ppo_epochs 1": "--ppo_epochs 1",
+    "gae, ppo_epochs 4": "--ppo_epochs 4",
+    "rloo": f"--advantage_estimator rloo {GROUPS}",
+    "grpo": f"--advantage_estimator grpo --kl_in loss --kl_penalty k3 {GROUPS}",
+    "reinforce_pp": "--advantage_estimator reinforce_pp",
+}
+
+
+def folder(output: Path, seed: int, variant: str) -> Path:
+    return output / f"seed{seed}" / variant.replace(", ", "-").replace(" ", "-")
+
+
+def run(command: list[str], log: Path, threads: int) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    with open(log, "w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
+    if code:
+        sys.exit(f"{' '.join(command)} failed; see {log}")
+
+
+def prepare(output: Path, seed: int, threads: int) -> None:
+    base = output / f"seed{seed}"
+    if not (base / "reward-models/toy/run.json").is_file():
+        command = [sys.executable, str(ROOT / "e2e_rlhf.py"), "--step", "1", "2", "--seed", str(seed)]
+        run([*command, "--output-dir", str(base)], base / "steps12.log", threads)
+
+
+def train(output: Path, seed: int, variant: str, threads: int) -> None:
+    base, target = output / f"seed{seed}", folder(output, seed, variant)
+    if (target / "run.json").is_file():
+        return
+    models = ["--actor_model_name_or_path", str(base / "actor-models/toy")]
+    models += ["--critic_model_name_or_path", str(base / "reward-models/toy"), "--data_path", "toy"]
+    command = ["bash", str(RECIPE), *models, "--seed", str(seed), "--output_dir", str(target)]
+    run([*command, "--best_of_n", "0", *VARIANTS[variant].split()], target.with_suffix(".log"), threads)
+
+
+def row(output: Path, seed: int, variant: str) -> list[str]:
+    target = folder(output, seed, variant)
+    graded = {name: grade(rows, judge) for name, rows in read_answers(target / "samples.jsonl").items()}
+    won = win_rate(graded[PPO].scores, graded[SFT].scores)
+    means = [sum(graded[name].scores) / len(graded[name].scores) for name in (SFT, PPO)]
+    correct = [sum(graded[name].correct) / len(graded[name].correct) for name in (SFT, PPO)]
+    record = read_run(target)
+    return [
+        variant,
+        str(seed),
+        f"{won['value']:.2f} ({won['ci95'][0]:.2f} to {won['ci95'][1]:.2f})",
+        f"{means[0]:.2f} -> {means[1]:.2f}",
+        f"{correct[0]:.0%} -> {correct[1]:.0%}",
+        f"{record['metrics']['eval/kl_per_seq']:.1f}",
+        f"{record['seconds']:.0f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", help="variants, with semicolons between them", default=";".join(VARIANTS))
+    parser.add_argument("--output-dir", type=Path, default=Path("output/ppo-variants"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, a thread each")
+    args = parser.parse_args()
+    variants = [name.strip() for name in args.only.split(";")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: prepare(args.output_dir, seed, 1), args.seeds))
+        runs = [(seed, variant) for variant in variants for seed in args.seeds]
+        list(pool.map(lambda pair: train(args.output_dir, *pair, 1), runs))
+    header = ["variant", "seed", "better than SFT (95 %)", "judge", "correct", "KL", "seconds"]
+    print(table(header, [row(args.output_dir, seed, variant) for seed, variant in runs]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The flags of step 3, in the groups of docs/ppo.md, and the specs that the functions below the program take."""
+
+from dataclasses import dataclass, replace
+
+from dschat.config import flag, require_not_negative, require_positive
+from dschat.data.prepare import DataSpec
+from dschat.engine.deepspeed_engine import TrainSpec
+from dschat.errors import UserError
+from dschat.flags import SCHEDULES, ZERO_STAGES, DataFlags, RunFlags
+from dschat.rlhf.build import ModelsSpec
+from dschat.rlhf.experience import ESTIMATORS, GAE, KL_KINDS, Shaping
+from dschat.rlhf.ppo_trainer import UpdateSpec
+from dschat.rlhf.rewards import parse_reward
+
+
+@dataclass(kw_only=True)
+class RolloutFlags:
+    """Sampling."""
+
+    per_device_generation_batch_size: int = flag(16, "prompts per rank sampled at once")
+    generation_batches: int = flag(1, "generation batches per rollout")
+    num_samples_per_prompt: int = flag(1, "answers to each prompt of a rollout; the prompt is computed once for all")
+    max_prompt_seq_len: int = flag(256, "tokens of a prompt; longer ones lose their earliest turns")
+    max_answer_seq_len: int = flag(256, "tokens of an answer")
+    temperature: float = flag(1.0, "of sampling, and of every log-probability")
+    top_k: int = flag(0, "must stay 0: the scored distribution would not be the sampled one")
+    top_p: float = flag(1.0, "must stay 1: the scored distribution would not be the sampled one")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "per_device_generation_batch_size", "generation_batches", "num_samples_per_prompt")
+        require_positive(self, "max_prompt_seq_len", "max_answer_seq_len", "temperature")
+        if self.top_k != 0 or self.top_p != 1:
+            raise UserError(
+                "--top_k and --top_p must stay off in PPO: log-probabilities are of the whole distribution"
+            )
+
+
+@dataclass(kw_only=True)
+class RewardFlags:
+    """Where scores come from, and what is done to them."""
+
+    reward: list[str] = flag(
+        [],
+        "full:PATH, lora:PATH, api:URL or function:FILE.py:NAME, each with an optional weight as in 0.5*full:PATH; "
+        "summed; default: full:CRITIC_MODEL_NAME_OR_PATH",
+    )
+    reward_api_timeout: float = flag(60.0, "seconds that one request to an api reward may take")
+    reward_api_retries: int = flag(5, "tries after a failed request to an api reward, with growing pauses")
+    normalize_reward: bool = flag(True, "a model's scores to mean 0 and std 1 by the statistics of step 2")
+    clip_reward_value: float = flag(5.0, "scores are clipped to ± this after normalisation; 0: never")
+    missing_eos: str = flag(
+        "subtract",
+        "an answer cut off at max_answer_seq_len: subtract the penalty from its score, replace the score by minus the "
+        "penalty, or bootstrap: no score but the critic's value of what would have followed",
+        choices=("subtract", "replace", "bootstrap"),
+    )
+    missing_eos_penalty: float = flag(1.0, "in units of score")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "reward_api_timeout")
+        require_not_negative(self, "reward_api_retries", "clip_reward_value", "missing_eos_penalty")
+
+
+@dataclass(kw_only=True)
+class KLFlags:
+    """The tie to the reference."""
+
+    kl_coef: float = flag(0.05, "weight of the KL penalty, in units of score per nat")
+    kl_penalty: str = flag(
+        "kl", "per token: " + ", ".join(KL_KINDS) + " (exact, over the vocabulary)", choices=KL_KINDS
+    )
+    kl_in: str = flag(
+        "reward", "subtract the penalty from each token's reward, or add it to the loss", choices=("reward", "loss")
+    )
+    kl_target: float = flag(0.0, "nats per sequence that an adaptive kl_coef steers to; 0: kl_coef stays fixed")
+    kl_horizon: int = flag(10_000, "sequences over which the adaptive kl_coef reacts")
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "kl_coef", "kl_target")
+        require_positive(self, "kl_horizon")
+        if self.kl_in == "loss" and self.kl_penalty == "kl":
+            raise UserError(
+                "--kl_penalty kl as a loss does nothing: its expected gradient is 0; use --kl_penalty mse, k3 or "
+                "full, or --kl_in reward"
+            )
+        if self.kl_target and not self.kl_coef:
+            raise UserError("--kl_target needs a --kl_coef above 0 to start from")
+
+
+@dataclass(kw_only=True)
+class AdvantageFlags:
+    """From rewards to advantages."""
+
+    advantage_estimator: str = flag(
+        GAE, "gae needs a critic; rloo, grpo and reinforce_pp have none", choices=ESTIMATORS
+    )
+    gamma: float = flag(1.0, "discount, of gae and reinforce_pp")
+    lam: float = flag(0.95, "lambda of gae")
+    whiten_rewards: bool = flag(False, "rewards to std 1 over the whole rollout, mean kept")
+    whiten_advantages: bool | None = flag(
+        None, "advantages to mean 0 and std 1 over the whole rollout; default: with gae and reinforce_pp"
+    )
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise UserError("--gamma and --lam: expected numbers from 0 to 1")
+
+
+@dataclass(kw_only=True)
+class UpdateFlags:
+    """Optimizer steps on a rollout."""
+
+    per_device_training_batch_size: int = flag(16, "answers per rank and micro-batch of training and scoring")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per minibatch, that is per optimizer step")
+    ppo_epochs: int = flag(1, "passes over a rollout, each in a fresh order")
+    cliprange: float = flag(0.2, "the policy ratio is clipped to 1 ± this")
+    dual_clip: float = flag(0.0, "bound of the ratio where the advantage is negative, above 1; 0: none")
+    cliprange_value: float = flag(0.2, "values are clipped to the old ones ± this")
+    vf_coef: float = flag(1.0, "factor of the value loss; Adam undoes it but for the clipping of the gradient")
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus, per nat")
+    max_approx_kl: float = flag(
+        0.0, "end an update before a step whose KL to the sampler, per token, is above; 0: never"
+    )
+    max_ratio: float = flag(0.0, "end an update before a step whose largest policy ratio is above; 0: never")
+    critic_warmup_rollouts: int = flag(0, "rollouts at the start that train the critic alone")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "per_device_training_batch_size", "gradient_accumulation_steps", "ppo_epochs")
+        require_positive(self, "cliprange", "cliprange_value", "vf_coef")
+        require_not_negative(self, "dual_clip", "entropy_coef", "max_approx_kl", "max_ratio", "critic_warmup_rollouts")
+        for name in ("dual_clip", "max_ratio"):
+            if 0 < getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected a ratio above 1, or 0 for none")
+
+
+@dataclass(kw_only=True)
+class OptimizerFlags:
+    """Learning rates and memory of actor and critic."""
+
+    actor_learning_rate: float = flag(9.65e-6, "peak")
+    critic_learning_rate: float = flag(5e-6, "peak")
+    actor_weight_decay: float = flag(0.0, "of matrices")
+    critic_weight_decay: float = flag(0.0, "of matrices")
+    lr_scheduler_type: str = flag("cosine", "of both learning rates", choices=SCHEDULES)
+    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    actor_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    critic_gradient_checkpointing: bool = flag(False, "the same for the critic")
+    upcast_layernorm: bool = flag(False, "normalisation layers of actor and reference compute in float32")
+    actor_zero_stage: int = flag(0, "DeepSpeed ZeRO stage of the actor", choices=ZERO_STAGES)
+    critic_zero_stage: int = flag(0, "of the critic", choices=ZERO_STAGES)
+    reference_zero_stage: int | None = flag(
+        None, "of the reference; default: 3 with the actor's 3, else 0", choices=ZERO_STAGES
+    )
+    reward_zero_stage: int | None = flag(
+        None, "of a full reward; default: 3 with the critic's 3, else 0", choices=ZERO_STAGES
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "actor_learning_rate", "critic_learning_rate")
+        require_not_negative(self, "actor_weight_decay", "critic_weight_decay", "num_warmup_steps")
+
+
+@dataclass(kw_only=True)
+class CompanionFlags:
+    """Beside the algorithm."""
+
+    ptx_data_path: list[str] = flag([], "demonstrations, as step 1 reads them, whose loss is mixed in (PPO-ptx)")
+    unsup_coef: float = flag(27.8, "weight of that loss (InstructGPT's gamma); without effect without ptx_data_path")
+    enable_ema: bool = flag(False, "keep a moving average of the actor in float32 and save it as actor_ema")
+    ema_decay: float = flag(0.992, "of that average, per optimizer step")
+    best_metric: str = flag(
+        "none",
+        "keep the actor that is best on held-out prompts as best/: by score, or by objective (score minus kl_coef "
+        "times KL); measured every eval_interval",
+        choices=("none", "score", "objective"),
+    )
+    early_stopping_patience: int = flag(0, "stop after so many evaluations without a better best_metric; 0: never")
+    best_of_n: int = flag(0, "also score the best of so many samples of the untrained policy per held-out prompt")
+    self_check: bool = flag(
+        True, "prove on the first rollout that ratio, KL, rewards and padding are exact; stop if not"
+    )
+    explain: int = flag(
+        0, "write so many answers of the first rollout token by token, each number checked, as explain/"
+    )
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "unsup_coef", "early_stopping_patience", "best_of_n", "explain")
+        if not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema_decay {self.ema_decay}: expected a number between 0 and 1")
+        if self.early_stopping_patience and self.best_metric == "none":
+            raise UserError("--early_stopping_patience needs --best_metric score or objective")
+
+
+GROUPS = (RolloutFlags, RewardFlags, KLFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, CompanionFlags)
+
+
+@dataclass(kw_only=True)
+class PPOFlags(
+    RunFlags,
+    DataFlags,
+    RolloutFlags,
+    RewardFlags,
+    KLFlags,
+    AdvantageFlags,
+    UpdateFlags,
+    OptimizerFlags,
+    CompanionFlags,
+):
+    actor_model_name_or_path: str = flag(help="the policy to train: the output of step 1")
+    critic_model_name_or_path: str | None = flag(
+        None, "what the critic starts from; default: the first full or lora reward, else the actor with a new head"
+    )
+    max_eval_samples: int = flag(512, "evaluate on the first so many held-out prompts; 0: all")
+
+    def __post_init__(self) -> None:
+        for group in (RunFlags, DataFlags, *GROUPS):
+            group.__post_init__(self)
+        if not self.reward and self.critic_model_name_or_path is None:
+            raise UserError("no reward: give --critic_model_name_or_path (the output of step 2) or --reward")
+        for text in self.rewards:
+            parse_reward(text)  # refuses what is no source before anything is loaded
+        if self.advantage_estimator in ("rloo", "grpo") and self.num_samples_per_prompt < 2:
+            raise UserError(
+                f"--advantage_estimator {self.advantage_estimator} compares the answers to one prompt; give "
+                "--num_samples_per_prompt 2 or more"
+            )
+        if self.advantage_estimator != GAE and (self.critic_warmup_rollouts or self.missing_eos == "bootstrap"):
+            given = "--critic_warmup_rollouts" if self.critic_warmup_rollouts else "--missing_eos bootstrap"
+            raise UserError(f"{given} needs a critic; use --advantage_estimator gae")
+        if self.best_metric != "none" and not self.eval_interval:
+            raise UserError("--best_metric is measured at evaluations; give --eval_interval")
+
+    @property
+    def rewards(self) -> list[str]:
+        return self.reward or [f"full:{self.critic_model_name_or_path}"]
+
+    @property
+    def whitens_advantages(self) -> bool:
+        by_default = self.advantage_estimator in (GAE, "reinforce_pp")
+        return by_default if self.whiten_advantages is None else self.whiten_advantages
+
+    def models_spec(self, num_rollouts: int, steps_per_rollout: int) -> ModelsSpec:
+        actor_steps = max(1, num_rollouts - self.critic_warmup_rollouts) * steps_per_rollout
+        has_critic = self.advantage_estimator == GAE
+        return ModelsSpec(
+            actor_path=self.actor_model_name_or_path,
+            critic_path=self.critic_model_name_or_path,
+            rewards=tuple(parse_reward(text) for text in self.rewards),
+            actor=self.actor_spec(actor_steps),
+            critic=self.critic_spec(num_rollouts * steps_per_rollout) if has_critic else None,
+            reference_stage=frozen_stage(self.reference_zero_stage, self.actor_zero_stage),
+            reward_stage=frozen_stage(self.reward_zero_stage, self.critic_zero_stage),
+            normalize_reward=self.normalize_reward,
+            upcast_layernorm=self.upcast_layernorm,
+            ema_decay=self.ema_decay if self.enable_ema else None,
+            micro_batch_size=self.per_device_training_batch_size,
+            api_timeout=self.reward_api_timeout,
+            api_retries=self.reward_api_retries,
+        )
+
+    def actor_spec(self, num_steps: int) -> TrainSpec:
+        return TrainSpec(
+            self.actor_learning_rate,
+            self.actor_weight_decay,
+            self.lr_scheduler_type,
+            self.num_warmup_steps,
+            num_steps,
+            self.max_grad_norm,
+            self.actor_zero_stage,
+            self.actor_gradient_checkpointing,
+        )
+
+    def critic_spec(self, num_steps: int) -> TrainSpec:
+        return TrainSpec(
+            self.critic_learning_rate,
+            self.critic_weight_decay,
+            self.lr_scheduler_type,
+            self.num_warmup_steps,
+            num_steps,
+            self.max_grad_norm,
+            self.critic_zero_stage,
+            self.critic_gradient_checkpointing,
+        )
+
+    def shaping(self) -> Shaping:
+        return Shaping(
+            estimator=self.advantage_estimator,
+            group_size=self.num_samples_per_prompt,
+            kl_in_reward=self.kl_in == "reward",
+            gamma=self.gamma,
+            lam=self.lam,
+            clip_reward_value=self.clip_reward_value,
+            missing_eos=self.missing_eos,
+            missing_eos_penalty=self.missing_eos_penalty,
+            whiten_rewards=self.whiten_rewards,
+            whiten_advantages=self.whitens_advantages,
+        )
+
+    def update_spec(self, world_size: int) -> UpdateSpec:
+        return UpdateSpec(
+            ppo_epochs=self.ppo_epochs,
+            minibatch_size=self.per_device_training_batch_size * self.gradient_accumulation_steps * world_size,
+            micro_batch_size=self.per_device_training_batch_size,
+            cliprange=self.cliprange,
+            dual_clip=self.dual_clip or None,
+            cliprange_value=self.cliprange_value,
+            vf_coef=self.vf_coef,
+            entropy_coef=self.entropy_coef,
+            kl_loss=self.kl_penalty if self.kl_in == "loss" else None,
+            unsup_coef=self.unsup_coef if self.ptx_data_path else 0.0,
+            max_approx_kl=self.max_approx_kl,
+            max_ratio=self.max_ratio,
+        )
+
+    def ptx_spec(self) -> DataSpec:
+        """The demonstrations as step 1 would train on all of them, less what it holds out."""
+        return replace(
+            self.data_spec(self.seed),
+            data_path=tuple(self.ptx_data_path),
+            eval_data_path=(),
+            data_split="1,0,0",
+            max_eval_samples=0,
+        )
+
+
+def frozen_stage(given: int | None, trained: int) -> int:
+    return given if given is not None else (3 if trained == 3 else 0)
