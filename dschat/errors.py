@@ -1,5 +1,6 @@
 """How a program ends: a user's mistake is one line and exit code 2, anything else a traceback and exit code 1."""
 
+import atexit
 import os
 import sys
 import traceback
@@ -22,16 +23,27 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         _record(f"error: {error}")
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _leave(130)
     except Exception:
         text = traceback.format_exc()
         _record(text)
         print(text, file=sys.stderr, flush=True)
-        sys.exit(1)
-    sys.exit(0)
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. One of several ranks leaves out the end of the interpreter, after everything registered for it: a thread
+    of gloo that lets go of its last tensor meanwhile would abort the process (at ZeRO 3 on a CPU one in eight)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _record(text: str) -> None:

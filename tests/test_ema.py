@@ -9,6 +9,7 @@ import sys
 from dschat.engine.deepspeed_engine import TrainSpec, backward, create_train_engine, is_sharded, save_weights, unwrap
 from dschat.engine.distributed import init_runtime
 from dschat.engine.ema import EMA
+from dschat.errors import run_program
 from tests.conftest import ROOT
 
 import deepspeed
@@ -241,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dschat.engine.distributed import init_runtime
+from dschat.errors import run_program
 from tests.programs import run
 
 
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
