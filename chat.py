@@ -38,7 +38,7 @@ MIN_TEMPERATURE = 0.01  # below, logits / temperature leave the range of float32
 @dataclass(kw_only=True)
 class Config:
     path: str = flag(help="a policy directory (of step 1, dpo or step 3) or a hub name")
-    max_new_tokens: int = flag(256, "longest answer")
+    max_new_tokens: int = flag(0, "longest answer; 0: 256 tokens, or half of the model's positions where that is less")
     temperature: float = flag(0.7, "0: always the likeliest token")
     top_k: int = flag(0, "draw among the k likeliest tokens; 0: all")
     top_p: float = flag(1.0, "draw among the likeliest tokens of this total probability")
@@ -49,8 +49,8 @@ class Config:
     chat_template: str = flag("auto", "auto: the one stored with the model, else plain Human/Assistant; plain; a file")
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens {self.max_new_tokens}: expected at least 1")
+        if self.max_new_tokens < 0:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: expected at least 1, or 0 for the default")
         if self.top_k < 0:
             raise UserError(f"--top_k {self.top_k}: expected a number of tokens, or 0 for all")
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:

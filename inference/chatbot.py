@@ -17,6 +17,7 @@ from dschat.rlhf.rollout import Sampling, banned_token_ids, decode
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEFAULT_NEW_TOKENS = 256  # of an answer
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
 
@@ -178,6 +179,8 @@ def load_chatbot(
 ) -> Chatbot:
     """From a policy directory or a hub name, with the chat template that is stored with the model.
 
+    ``sampling.max_new_tokens`` 0: DEFAULT_NEW_TOKENS, or half of the model's positions where that is less.
+
     Raises:
         UserError: no such directory, not a language model, a device that is not there.
     """
@@ -185,6 +188,9 @@ def load_chatbot(
     where = resolve_device(device)
     tokenizer = load_tokenizer(path, chat_template)
     model = load_causal_lm(path, tokenizer, dtype=resolve_dtype(dtype, where))
+    if not sampling.max_new_tokens:
+        room = (max_positions(model.config) or 2 * DEFAULT_NEW_TOKENS) // 2
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
     return Chatbot(model.to(where), tokenizer, sampling, seed)
 
 

@@ -12,7 +12,7 @@ from dschat.data.records import to_example
 from dschat.data.templates import encode_dialogue, encode_prompt
 from dschat.data.tokenizer import train_tokenizer
 from dschat.errors import UserError
-from dschat.models.load import resolve_dtype, save_model
+from dschat.models.load import load_causal_lm, resolve_dtype, save_model
 from dschat.rlhf.rollout import Sampling, generate
 from inference.chatbot import Chatbot, Reply, TextStream, load_chatbot, resolve_device, trim_history
 
@@ -279,6 +279,17 @@ def test_a_wrong_place_is_named(fox_directory, tmp_path):
         resolve_dtype("fp16", torch.device("cpu"))
 
 
+def test_by_default_half_of_a_small_context_is_for_the_answer(tokenizer, llama, fox_directory, tmp_path):
+    """The embedded model has 256 positions, BLOOM no limit: `chat.py --path` without a flag works with either."""
+    config = parse_config(chat.Config, ["--path", str(fox_directory)])
+    assert chat.open_chatbot(config).sampling.max_new_tokens == 256
+    toy = load_causal_lm("toy", tokenizer, dtype=torch.float32)
+    save_model(toy, tokenizer, str(tmp_path))
+    (tmp_path / "run.json").write_text('{"role": "policy"}')
+    bot = chat.open_chatbot(parse_config(chat.Config, ["--path", str(tmp_path)]))
+    assert bot.sampling.max_new_tokens == bot.prompt_budget == 128
+
+
 def test_every_flag_reaches_the_model(fox_directory, monkeypatch):
     assert load_chatbot(str(fox_directory), Sampling(5), dtype="bf16").model.dtype == torch.bfloat16
     given = []
@@ -292,7 +303,7 @@ def test_every_flag_reaches_the_model(fox_directory, monkeypatch):
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "max_new_tokens"])
 def test_bad_sampling_flags_are_named(name):
-    bad = {"temperature": "-1 nan inf 1e-9", "top_p": "0 1.1 nan", "top_k": "-1", "max_new_tokens": "0"}
+    bad = {"temperature": "-1 nan inf 1e-9", "top_p": "0 1.1 nan", "top_k": "-1", "max_new_tokens": "-1"}
     for value in bad[name].split():
         with pytest.raises(UserError, match=f"--{name} .*: expected"):
             parse_config(chat.Config, ["--path", "x", f"--{name}", value])
