@@ -369,3 +369,33 @@ print(json.dumps([runtime.rank, runtime.world_size, runtime.device.type, runtime
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 1, "cpu", True, [0, 1], True]
+
+
+class NotANumber(torch.autograd.Function):
+    """A finite value with a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_no_number_changes_no_weight(stage, max_grad_norm, dtype, runtime):
+    torch.manual_seed(0)
+    engine = create_train_engine(
+        nn.Linear(3, 3).to(dtype), spec(stage, max_grad_norm=max_grad_norm), dtype=dtype, runtime=runtime
+    )
+    inputs = torch.ones(2, 3, dtype=dtype)
+    before = engine(inputs).detach().clone()
+    backward(engine, NotANumber.apply(engine(inputs)).float().sum())
+    engine.step()
+    assert engine(inputs).equal(before) and not math.isfinite(grad_norm(engine))
+    backward(engine, engine(inputs).float().sum())
+    engine.step()
+    assert math.isfinite(grad_norm(engine)) and not engine(inputs).equal(before)

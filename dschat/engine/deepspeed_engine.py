@@ -179,11 +179,14 @@ def _config(zero_stage: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _clip_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-    """At stage 0 DeepSpeed clips without telling the norm; torch does both, on gradients that are reduced by then."""
+    """At stage 0 DeepSpeed clips without telling the norm; torch does both, on gradients that are reduced by then. A
+    gradient that is not finite is dropped, as DeepSpeed does at the other stages: the weights stay, the norm shows."""
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
 
     def clip(*_: Any) -> None:
         model.dschat_grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        if not torch.isfinite(model.dschat_grad_norm):
+            model.zero_grad(set_to_none=True)
 
     hook: Callable[..., None] = clip
     optimizer.register_step_pre_hook(hook)
