@@ -6,7 +6,15 @@ import math
 from dschat.engine.distributed import init_runtime
 from dschat.rlhf.experience import add_advantages, response_values, score_rollout
 from dschat.rlhf.ppo_trainer import train_rlhf
-from dschat.rlhf.self_check import check_critic_padding, check_experience, check_first_minibatch, tolerance
+from dschat.rlhf.reward_sources import FullReward
+from dschat.rlhf.rewards import CombinedReward, Samples
+from dschat.rlhf.self_check import (
+    check_critic_padding,
+    check_experience,
+    check_first_minibatch,
+    check_reward_padding,
+    tolerance,
+)
 from tests.ppo_parts import (
     FP32,
     KL_COEF,
@@ -247,6 +255,24 @@ def test_a_critic_that_ignores_its_mask(fresh, tokenizer):
         check_critic_padding(WithoutMask(engine.critic), experience, pad, FP32)
     with pytest.raises(RuntimeError, match="padding changes a value"):
         check_critic_padding(lambda ids, mask: engine.critic(ids, mask) * math.nan, experience, pad, FP32)
+
+
+def test_a_reward_model_that_ignores_its_mask(fresh, tokenizer):
+    """Whichever of several it is; what is no model in this process is not asked."""
+    engine, _, experience = fresh
+    rows = [[9, 30, 40, tokenizer.eos_token_id], [9, 50, tokenizer.eos_token_id]]
+    samples = Samples(["", ""], ["", ""], [[], []], rows, [1, 1], [True, True], [{}, {}])
+
+    def refuse(_):
+        pytest.fail("asked")
+
+    refuse.name = "rule"
+    source = FullReward(engine.critic, tokenizer, tokenizer, micro_batch_size=2, device=torch.device("cpu"))
+    rewards = CombinedReward([(refuse, 1.0), (source, 1.0)])
+    check_reward_padding(rewards, samples, FP32)
+    source.model = WithoutMask(engine.critic)
+    with pytest.raises(RuntimeError, match="padding changes a score of full by .* does not honour its mask"):
+        check_reward_padding(rewards, samples, FP32)
 
 
 def test_only_values_of_real_states_are_compared(fresh, tokenizer):

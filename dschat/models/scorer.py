@@ -23,6 +23,7 @@ STATS_FILE = "score_stats.safetensors"
 NUM_PROBE_PAIRS = 4
 PROBE_TOKENS = 64  # of a prompt and of a response: the check at loading stays cheap beside loading itself
 PROBE_BATCH_SIZE = 8
+NUM_PADDED = 4  # rows that `padding_gap` scores with and without padding
 
 
 class Scorer(nn.Module):
@@ -87,6 +88,21 @@ def score_token_ids(
         mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
         parts.append(last_token_values(model(input_ids, mask), mask))
     return torch.cat(parts).tolist() if parts else []
+
+
+@torch.no_grad()
+def padding_gap(model: nn.Module, rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> float:
+    """By how much four pads or more on either side change the scores of the first few rows: rounding, if the model
+    honours its mask. At ZeRO 3 a collective, as `score_token_ids`."""
+    rows = rows[:NUM_PADDED]
+    alone = torch.tensor(score_token_ids(model, rows, pad_token_id, 1, device), device=device)
+    width = max(map(len, rows)) + 8
+    input_ids = torch.full((len(rows), width), pad_token_id, device=device)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        input_ids[i, 4 : 4 + len(row)] = torch.tensor(row, device=device)
+        mask[i, 4 : 4 + len(row)] = True
+    return (last_token_values(model(input_ids, mask), mask) - alone).abs().max().item()
 
 
 @dataclass(frozen=True)

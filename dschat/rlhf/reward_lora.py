@@ -2,7 +2,7 @@
 
 from dschat.errors import UserError
 from dschat.models.adapters import AdapterScorer
-from dschat.models.scorer import check_probes, score_token_ids
+from dschat.models.scorer import check_probes, padding_gap, score_token_ids
 from dschat.rlhf.rewards import Judged, Samples
 from dschat.rlhf.rlhf_engine import require_same_tokenizer
 
@@ -47,3 +47,7 @@ class LoraReward:
         rows = samples.token_ids
         scores = score_token_ids(self.scorer, rows, self.pad_token_id, self.micro_batch_size, self.device)
         return Judged([*scores])
+
+    def padding_gap(self, samples: Samples) -> float:
+        """By how much padding changes the first few scores; see `dschat.models.scorer.padding_gap`."""
+        return padding_gap(self.scorer, samples.token_ids, self.pad_token_id, self.device)

@@ -20,7 +20,7 @@ from dschat.data.templates import encode_answers, encode_prompt, neutralize
 from dschat.engine.deepspeed_engine import unwrap
 from dschat.errors import UserError
 from dschat.models.load import max_positions
-from dschat.models.scorer import Scorer, score_token_ids
+from dschat.models.scorer import Scorer, padding_gap, score_token_ids
 from dschat.rlhf.rewards import Judged, Samples
 
 import torch
@@ -63,16 +63,26 @@ class FullReward:
         self.limit = max_positions(scorer.model.config) or math.inf
 
     def __call__(self, samples: Samples) -> Judged:
+        rows, fits = self._rows(samples)
+        assert self.tokenizer.pad_token_id is not None
+        scores = score_token_ids(self.model, rows, self.tokenizer.pad_token_id, self.micro_batch_size, self.device)
+        return Judged([score if fit else None for score, fit in zip(scores, fits, strict=True)])
+
+    def padding_gap(self, samples: Samples) -> float:
+        """By how much padding changes the first few scores; see `dschat.models.scorer.padding_gap`."""
+        rows, _ = self._rows(samples)
+        assert self.tokenizer.pad_token_id is not None
+        return padding_gap(self.model, rows, self.tokenizer.pad_token_id, self.device)
+
+    def _rows(self, samples: Samples) -> tuple[list[list[int]], list[bool]]:
+        """The ids that the model reads for each response, and whether its context holds them."""
         rows = samples.token_ids
         if self.reencodes:
             dialogues = zip(samples.messages, samples.responses, samples.finished, strict=True)
             rows = [self._encode(*dialogue) for dialogue in dialogues]
         fits = [len(row) <= self.limit for row in rows]
         # One token stands in for a row that does not fit: ranks must score equally many.
-        rows = [row if fit else row[:1] for row, fit in zip(rows, fits, strict=True)]
-        assert self.tokenizer.pad_token_id is not None
-        scores = score_token_ids(self.model, rows, self.tokenizer.pad_token_id, self.micro_batch_size, self.device)
-        return Judged([score if fit else None for score, fit in zip(scores, fits, strict=True)])
+        return [row if fit else row[:1] for row, fit in zip(rows, fits, strict=True)], fits
 
     def _encode(self, messages: list[Message], response: str, finished: bool) -> list[int]:
         ids = encode_response(self.tokenizer, messages, response, finished)

@@ -2,6 +2,9 @@
 
 from dschat.functional import shape_rewards
 from dschat.rlhf.experience import Experience, Shaping, response_values, sequences
+from dschat.rlhf.reward_lora import LoraReward
+from dschat.rlhf.reward_sources import FullReward
+from dschat.rlhf.rewards import CombinedReward, Samples
 
 import torch
 from torch import nn
@@ -59,6 +62,21 @@ def check_critic_padding(critic: nn.Module, experience: Experience, pad_token_id
     gap = (plain - wider)[real].abs().max().item()
     if not gap <= tolerance(dtype):
         raise RuntimeError(f"self-check: padding changes a value by {gap:.2e}; the model does not honour its mask")
+
+
+def check_reward_padding(rewards: CombinedReward, samples: Samples, dtype: torch.dtype) -> None:
+    """The score of a response must not depend on padding: of every reward model in this process. All ranks call it.
+
+    Raises:
+        RuntimeError: four more pads on either side change a score.
+    """
+    for name, (source, _) in rewards.sources.items():
+        if isinstance(source, FullReward | LoraReward):
+            gap = source.padding_gap(samples)
+            if not gap <= tolerance(dtype):
+                raise RuntimeError(
+                    f"self-check: padding changes a score of {name} by {gap:.2e}; the model does not honour its mask"
+                )
 
 
 def check_first_minibatch(stats: dict[str, float], dtype: torch.dtype) -> None:

@@ -37,7 +37,12 @@ from dschat.rlhf.flags import PPOFlags
 from dschat.rlhf.ppo_trainer import mean_of, train_rlhf
 from dschat.rlhf.rewards import reward_metrics
 from dschat.rlhf.rollout import Sampling, banned_token_ids
-from dschat.rlhf.self_check import check_critic_padding, check_experience, check_first_minibatch
+from dschat.rlhf.self_check import (
+    check_critic_padding,
+    check_experience,
+    check_first_minibatch,
+    check_reward_padding,
+)
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -152,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
             evaluates = step == num_rollouts or (config.eval_interval > 0 and step % config.eval_interval == 0)
             if bad_scores.found(step, samples, scores):
                 console.print(bad_scores.message)
+                metrics.log(step, {"rewards/num_bad_rollouts": bad_scores.number})
                 if evaluates:
                     evaluate_and_log(step)
                 continue
@@ -160,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             is_first = step == 1 + bad_scores.number
             if is_first and config.self_check:
                 check_experience(experience, shaping, kl_coef, dtype)
+                check_reward_padding(rewards, samples, dtype)
                 if engine.critic is not None:
                     check_critic_padding(engine.critic, experience, tokenizer.pad_token_id, dtype)
             times.append(time.time())
