@@ -126,15 +126,6 @@ def test_weights_repeat_or_thin_the_training_rows_only(tmp_path, stage_data):
         assert len(set(questions(train))) == min(size, 36)
 
 
-def test_sft_only_data_goes_to_the_sft_stage(tmp_path, stage_data):
-    path = write(tmp_path / "a.jsonl", [pair(n) for n in range(20)])
-    extra = write(tmp_path / "b.jsonl", [{"prompt": f"extra {n}", "response": "a"} for n in range(10)])
-    train, _, _ = stage_data("sft", path, split="1,1,0", sft_only_data_path=[extra])
-    assert sum(question.startswith("extra") for question in questions(train)) == 9 and len(train) == 18
-    train, _, _ = stage_data("preference", path, split="1,1,0", sft_only_data_path=[extra])
-    assert len(train) == 9
-
-
 def test_stage_without_rows_names_the_flag_and_the_counts(tmp_path, stage_data):
     path = write(tmp_path / "a.jsonl", [pair(n) for n in range(20)])
     with pytest.raises(UserError, match=r"--data_split 1,0,0 leaves no row .* \(sft 18, preference 0, prompt 0\)"):

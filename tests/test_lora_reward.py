@@ -121,6 +121,7 @@ for path in sys.argv[2:]:
         options = {"micro_batch_size": 3, "device": runtime.device, "verify": False}  # raw scores
         source = LoraReward(scorer, trained(family), tokenizer, **options)
         assert torch.allclose(torch.tensor(source(samples_of(rows)).scores), torch.tensor(json.loads(line)), atol=1e-5)
+        assert 0 <= source.padding_gap(samples_of(rows)) < 1e-5
 
 
 def batches_of(tokenizer, num_steps: int) -> list[list[dict[str, torch.Tensor]]]:

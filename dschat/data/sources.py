@@ -85,18 +85,15 @@ def load_stage_data(
     seed: int,
     cache_dir: str,
     skip_bad_records: bool = False,
-    sft_only_data_path: Sequence[str] = (),
 ) -> tuple[datasets.Dataset, datasets.Dataset, Counter[str]]:
     """(training examples, evaluation examples, what was dropped and why) of "sft", "preference" or "prompt".
 
     Evaluation: `eval_data_path`, or else each source's own eval split, or else `eval_fraction` of its rows, the same
-    rows for every stage. `sft_only_data_path`: more sources, of which the sft stage gets every row.
+    rows for every stage.
     """
     train, evaluation, counter = [], [], Counter[str]()
     index = STAGES.index(stage)
-    sources = [(text, data_split) for text in data_path]
-    sources += [(text, "1,0,0") for text in sft_only_data_path if stage == "sft"]
-    for text, split in sources:
+    for text in data_path:
         path, weight = parse_source(text)
         table, dropped = read_source(path, "train", stage, cache_dir, skip_bad_records)
         assert table is not None, "every source has a train part"
@@ -109,7 +106,7 @@ def load_stage_data(
                 table, own = table.select(kept), table.select(held)
             evaluation.append(for_stage(own, stage)[0])
         if path != "toy":  # its records already belong to one stage
-            table = _share(table, split, index, seed, path)
+            table = _share(table, data_split, index, seed, path)
         usable, dropped = for_stage(table, stage)
         counter += dropped
         train.append(weighted(usable, weight, seed))
