@@ -1,26 +1,18 @@
-"""Losses of the reward model and of DPO: numbers by hand, limits, garbage, denominators."""
+"""Losses of the reward model: numbers by hand, a loop over pairs in Python floats, garbage, denominators."""
 
+import itertools
 import math
 
-from dschat.functional import dpo_loss, listwise_ranking_loss, pairwise_ranking_loss
+from dschat.functional import listwise_ranking_loss, pairwise_ranking_loss
+from tests.functional_parts import assert_stats
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 NAN, INF = math.nan, math.inf
-T, F = True, False
 LN2, LN3 = math.log(2), math.log(3)
 SOFTPLUS = {d: math.log1p(math.exp(-d)) for d in (-2, -1, 0, 1, 2)}  # -log sigmoid(d)
-
-
-def assert_stats(stats, **expected):
-    assert set(stats) == set(expected)
-    for name, value in expected.items():
-        assert stats[name].item() == pytest.approx(value, rel=1e-5, abs=1e-7), name
-        assert stats[name].dtype == torch.float32
-        assert stats[name].dim() == 0
-        assert not stats[name].requires_grad
 
 
 # ---- pairwise_ranking_loss ------------------------------------------------------------------------------------------
@@ -50,15 +42,62 @@ def test_pairwise_ranking_loss_with_a_margin():
     assert_stats(stats, accuracy=1, margin=(LN3 + 2) / 2, num_pairs=2)  # of the scores themselves
 
 
+@pytest.mark.parametrize(
+    ("margin", "losses", "slopes"),
+    [  # d is ln 3 and -ln 2. A slope is 0 where the pair is believed as much as its label is.
+        (None, [0.75 * math.log(4 / 3) + 0.25 * math.log(4), 0.75 * LN3 + 0.25 * math.log(1.5)], [0.0, -5 / 12]),
+        # The margin is missed in either direction: d - m is 0 and -2 ln 2, -d - m is -2 ln 3 and 0.
+        ([LN3, LN2], [0.75 * LN2 + 0.25 * math.log(10), 0.75 * math.log(5) + 0.25 * LN2], [-0.15, -0.475]),
+    ],
+)
+def test_pairwise_ranking_loss_with_label_smoothing(margin, losses, slopes):
+    chosen, rejected = torch.tensor([LN3, 0.0], requires_grad=True), torch.tensor([0.0, LN2], requires_grad=True)
+    margin = None if margin is None else torch.tensor(margin)
+    loss, stats = pairwise_ranking_loss(chosen, rejected, margin, label_smoothing=0.25)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert_close(chosen.grad, torch.tensor(slopes) / 2, rtol=1e-5, atol=1e-7)
+    assert_close(rejected.grad, -chosen.grad)
+    assert_stats(stats, accuracy=0.5, margin=(LN3 - LN2) / 2, num_pairs=2)
+
+
+def test_pairwise_ranking_loss_with_centred_scores():
+    chosen, rejected = torch.tensor([LN3, -1.0], requires_grad=True), torch.tensor([0.0, -1.0], requires_grad=True)
+    loss, stats = pairwise_ranking_loss(chosen, rejected, center_coef=0.1)
+    loss.backward()
+    # Sums ln 3 and -2; slopes 2 * 0.1 * sum on both scores.
+    assert loss.item() == pytest.approx((math.log(4 / 3) + LN2 + 0.1 * (LN3**2 + 4)) / 2, rel=1e-6)
+    centring = torch.tensor([0.2 * LN3, -0.4]) / 2
+    assert_close(chosen.grad, torch.tensor([-0.25, -0.5]) / 2 + centring)
+    assert_close(rejected.grad, torch.tensor([0.25, 0.5]) / 2 + centring)
+    assert_stats(stats, accuracy=0.75, margin=LN3 / 2, num_pairs=2)
+
+
+def test_pairwise_ranking_loss_options_that_are_off_cost_nothing():
+    # 0 * infinity would be NaN: the label's other side of an infinite margin, the square of a far score.
+    chosen = torch.tensor([INF, 1e30], requires_grad=True)
+    loss, _ = pairwise_ranking_loss(chosen, torch.tensor([0.0, 1e30]))
+    loss.backward()
+    assert loss.item() == pytest.approx(LN2 / 2, rel=1e-6)
+    assert chosen.grad.tolist() == [0.0, -0.25]
+
+
 def test_pairwise_ranking_loss_is_finite_for_far_scores_and_float32_for_bfloat16():
     chosen = torch.tensor([-500.0, 500.0], requires_grad=True)
     loss, _ = pairwise_ranking_loss(chosen, -chosen.detach())
     loss.backward()
     assert loss.item() == pytest.approx(500.0)
     assert chosen.grad.tolist() == [-0.5, 0.0]
-    # 257 - 0.5 needs ten bits.
-    _, stats = pairwise_ranking_loss(torch.tensor([256.0]).bfloat16(), torch.tensor([0.5]).bfloat16())
+    smoothed, _ = pairwise_ranking_loss(chosen, -chosen.detach(), label_smoothing=0.25)
+    assert torch.autograd.grad(smoothed, chosen)[0].tolist() == [-0.75 / 2, 0.25 / 2]
+    # 256 - 0.5 needs nine bits, 256 + 0.5 ten.
+    sixteen = torch.tensor([256.0]).bfloat16(), torch.tensor([0.5]).bfloat16()
+    _, stats = pairwise_ranking_loss(*sixteen)
     assert stats["margin"].item() == 255.5
+    for inputs in ((*sixteen, sixteen[1]), [x.double() for x in (*sixteen, sixteen[1])]):
+        loss, _ = pairwise_ranking_loss(*inputs, center_coef=1.0)
+        assert loss.dtype == torch.float32
+        assert loss.item() == 256.5**2  # the margin is reached, by far
 
 
 def test_pairwise_ranking_loss_refuses_to_broadcast():
@@ -101,109 +140,119 @@ def test_listwise_ranking_loss_by_hand():
     assert_stats(stats, accuracy=3.5 / 6, margin=2 / 6, num_pairs=6, num_prompts=3)
 
 
-def test_listwise_ranking_loss_of_two_is_the_pairwise_one():
-    scores = torch.tensor([[0.3, -0.2], [1.5, 2.5], [0.0, 4.0]])
-    loss, stats = listwise_ranking_loss(scores, torch.tensor([[1, 2], [2, 1], [1, 2]]))
-    expected, expected_stats = pairwise_ranking_loss(torch.tensor([0.3, 2.5, 0.0]), torch.tensor([-0.2, 1.5, 4.0]))
+OPTIONS = {"label_smoothing": 0.25, "center_coef": 0.5}
+
+
+def test_listwise_ranking_loss_with_every_option_by_hand():
+    scores = torch.tensor([[0.0, LN3, -LN3], [NAN, 0.0, LN2], [7.0, 7.0, NAN]], requires_grad=True)
+    ranks = torch.tensor([[2, 1, 3], [0, 1, 2], [1, 1, 0]])
+    loss, stats = listwise_ranking_loss(scores, ranks, torch.tensor([LN3, 0.0, NAN]), **OPTIONS)
+    loss.backward()
+    # First prompt: d - m is 0, ln 3, 0 and -d - m is -2 ln 3, -3 ln 3, -2 ln 3; sums ln 3, 0, -ln 3.
+    first = 0.75 * (2 * LN2 + math.log(4 / 3)) + 0.25 * (2 * math.log(10) + math.log(28)) + 0.5 * 2 * LN3**2
+    # Second: d is -ln 2, the sum ln 2. Third: a tie, whose margin says nothing.
+    second = 0.75 * LN3 + 0.25 * math.log(1.5) + 0.5 * LN2**2
+    assert loss.item() == pytest.approx((first / 3 + second) / 2, rel=1e-6)
+    # Slopes in d: -0.75 / 2 + 0.25 * 0.9 = -0.15 (twice), -0.75 / 4 + 0.25 * 27 / 28 = 3 / 56, and -5 / 12.
+    expected = [
+        [0.0, (-0.15 + 3 / 56 + LN3) / 6, (0.15 - 3 / 56 - LN3) / 6],
+        [0.0, (-5 / 12 + LN2) / 2, (5 / 12 + LN2) / 2],
+        [0.0, 0.0, 0.0],
+    ]
+    assert_close(scores.grad, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert_stats(stats, accuracy=0.75, margin=(4 * LN3 - LN2) / 4, num_pairs=4, num_prompts=2)
+
+
+def listwise_in_python(scores, ranks, margin, label_smoothing, center_coef):
+    """The definition, one pair after the other in Python floats."""
+
+    def softplus(x):
+        return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+    prompts = []
+    for row_scores, row_ranks, m in zip(scores, ranks, margin, strict=True):
+        costs = []
+        for i, j in itertools.permutations(range(len(row_ranks)), 2):
+            if 0 < row_ranks[i] < row_ranks[j]:
+                right, wrong = row_scores[i] - row_scores[j] - m, row_scores[j] - row_scores[i] - m
+                cost = (1 - label_smoothing) * softplus(-right) + label_smoothing * softplus(-wrong)
+                costs.append(cost + center_coef * (row_scores[i] + row_scores[j]) ** 2)
+        if costs:
+            prompts.append(math.fsum(costs) / len(costs))
+    return math.fsum(prompts) / len(prompts)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_listwise_ranking_loss_is_a_loop_over_the_pairs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = 3 * torch.randn(6, 5, generator=generator)
+    ranks = torch.randint(0, 5, (6, 5), generator=generator)
+    margin = torch.rand(6, generator=generator)
+    loss, _ = listwise_ranking_loss(scores, ranks, margin, **OPTIONS)
+    expected = listwise_in_python(scores.tolist(), ranks.tolist(), margin.tolist(), 0.25, 0.5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    # Neither the order of the responses nor the size of the ranks means anything, nor what stands where none is.
+    order = torch.randperm(5, generator=generator)
+    garbage = torch.where(ranks > 0, scores, INF)
+    assert_close(listwise_ranking_loss(garbage[:, order], 3 * ranks[:, order], margin, **OPTIONS)[0], loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"margin": torch.tensor([0.5, 0.0, 2.0])}, {"label_smoothing": 0.1}, {"center_coef": 0.3}]
+    + [{"margin": torch.tensor([0.5, 0.0, 2.0]), "denominator": 7.0, **OPTIONS}],
+)
+def test_listwise_ranking_loss_of_two_is_the_pairwise_one(options):
+    scores = torch.tensor([[0.3, -0.2], [1.5, 2.5], [0.0, 4.0]], requires_grad=True)
+    loss, stats = listwise_ranking_loss(scores, torch.tensor([[1, 2], [2, 1], [1, 2]]), **options)
+    chosen, rejected = scores[[0, 1, 2], [0, 1, 0]], scores[[0, 1, 2], [1, 0, 1]]
+    expected, expected_stats = pairwise_ranking_loss(chosen, rejected, **options)
     assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, scores), torch.autograd.grad(expected, scores))
     assert_stats(stats, num_prompts=3, **{name: value.item() for name, value in expected_stats.items()})
 
 
+def test_listwise_ranking_loss_of_bfloat16_is_float32_arithmetic():
+    scores = torch.tensor([[256.0, 0.5]]).bfloat16()
+    loss, stats = listwise_ranking_loss(scores, torch.tensor([[2, 1]]), scores[:, 1].double())
+    assert loss.dtype == torch.float32
+    assert loss.item() == 256.0
+    assert stats["margin"].item() == -255.5
+
+
+def test_listwise_ranking_loss_ignores_what_is_in_no_pair():
+    # Present, and infinite, but tied with all others.
+    scores = torch.tensor([[INF, -INF, 0.0], [1.0, NAN, 1.0]], requires_grad=True)
+    loss, _ = listwise_ranking_loss(scores, torch.tensor([[1, 1, 0], [1, 0, 2]]), **OPTIONS)
+    loss.backward()
+    assert loss.item() == pytest.approx(LN2 + 2, rel=1e-6)
+    assert scores.grad[0].tolist() == [0.0, 0.0, 0.0]
+    assert scores.grad[1, 1] == 0.0
+
+
 def test_listwise_ranking_loss_refuses_shapes_that_disagree():
+    ranks = torch.tensor([[1, 2], [1, 2]])
     with pytest.raises(ValueError, match="ranks"):
         listwise_ranking_loss(torch.zeros(2, 3), torch.zeros(2, 1).long())
-
-
-# ---- dpo_loss -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "expected"),
-    [("sigmoid", LN2), ("hinge", 1.0), ("ipo", 25.0)],  # ipo: (1 / (2 * 0.1))^2
-)
-def test_dpo_loss_where_the_policy_is_the_reference(loss_type, expected):
-    chosen, rejected = torch.tensor([-10.0, -3.0]), torch.tensor([-4.0, -8.0])
-    loss, stats = dpo_loss(chosen, rejected, chosen, rejected, beta=0.1, loss_type=loss_type)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert_stats(stats, chosen_reward=0, rejected_reward=0, margin=0, accuracy=0.5, num_pairs=2)
-
-
-def dpo_example():
-    """h = (-10 + 12) - (-9 + 8) = 3 and (-6 + 5) - (-7 + 7) = -1; with beta 0.5, margins 1.5 and -0.5."""
-    policy = torch.tensor([-10.0, -6.0], requires_grad=True), torch.tensor([-9.0, -7.0], requires_grad=True)
-    return policy, (torch.tensor([-12.0, -5.0]), torch.tensor([-8.0, -7.0]))
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "smoothing", "losses", "slopes"),
-    [  # per pair, and d loss / d h
-        # -ln sigmoid(1.5) = 0.2014133, -ln sigmoid(-0.5) = 0.9740770; slopes -0.5 * sigmoid(-1.5), -0.5 * sigmoid(0.5)
-        ("sigmoid", 0.0, [0.2014133, 0.9740770], [-0.0912128, -0.3112297]),
-        # 0.9 of that, 0.1 of -ln sigmoid(-1.5) = 1.7014133 and -ln sigmoid(0.5) = 0.4740770, slopes +0.5 * sigmoid(..)
-        ("sigmoid", 0.1, [0.3514133, 0.9240770], [-0.0412128, -0.2612297]),
-        # (3 - 1)^2, (-1 - 1)^2; slopes 2 (h - 1)
-        ("ipo", 0.0, [4.0, 4.0], [4.0, -4.0]),
-        # 0.75 of that and 0.25 of (-3 - 1)^2 = 16, (1 - 1)^2 = 0, with slopes 2 (h + 1) = 8 and 0
-        ("ipo", 0.25, [7.0, 3.0], [5.0, -3.0]),
-        # max(0, 1 - 1.5), max(0, 1 + 0.5)
-        ("hinge", 0.0, [0.0, 1.5], [0.0, -0.5]),
-        # and 0.25 of max(0, 1 + 1.5), max(0, 1 - 0.5)
-        ("hinge", 0.25, [0.625, 1.25], [0.125, -0.25]),
-    ],
-)
-def test_dpo_loss_by_hand(loss_type, smoothing, losses, slopes):
-    (chosen, rejected), reference = dpo_example()
-    loss, stats = dpo_loss(chosen, rejected, *reference, 0.5, smoothing, loss_type)
-    loss.backward()
-    assert loss.item() == pytest.approx(sum(losses) / 2, rel=1e-5)
-    assert_close(chosen.grad, torch.tensor(slopes) / 2, rtol=1e-5, atol=1e-6)
-    assert_close(rejected.grad, -torch.tensor(slopes) / 2, rtol=1e-5, atol=1e-6)
-    # Rewards 0.5 * (2, -1) and 0.5 * (-1, 0).
-    assert_stats(stats, chosen_reward=0.25, rejected_reward=-0.25, margin=0.5, accuracy=0.5, num_pairs=2)
-
-
-def test_dpo_loss_takes_sigmoid_and_no_smoothing_by_default():
-    (chosen, rejected), reference = dpo_example()
-    assert dpo_loss(chosen, rejected, *reference, 0.5)[0].item() == pytest.approx(1.1754903 / 2, rel=1e-6)
-
-
-def test_dpo_loss_of_bfloat16_is_float32_arithmetic():
-    # Rewards -255.5 and 0: the difference needs nine bits; and no accuracy.
-    inputs = [torch.tensor([x], dtype=torch.bfloat16) for x in (-256.0, 0.0, -0.5, 0.0)]
-    loss, stats = dpo_loss(*inputs, 1.0)
-    assert loss.dtype == torch.float32
-    assert loss.item() == 255.5
-    assert_stats(stats, chosen_reward=-255.5, rejected_reward=0, margin=-255.5, accuracy=0, num_pairs=1)
-
-
-def test_dpo_loss_of_no_pairs():
-    empty = torch.zeros(0, requires_grad=True)
-    loss, stats = dpo_loss(empty, empty, empty, empty, 0.1)
-    loss.backward()
-    assert loss.item() == 0.0
-    assert_stats(stats, chosen_reward=0, rejected_reward=0, margin=0, accuracy=0, num_pairs=0)
-
-
-def test_dpo_loss_refuses():
-    x = torch.zeros(2)
-    with pytest.raises(ValueError, match="unknown DPO loss 'kto': choose sigmoid, ipo or hinge"):
-        dpo_loss(x, x, x, x, 0.1, loss_type="kto")
-    with pytest.raises(ValueError, match=r"ref_rejected_logps \(2, 1\)"):
-        dpo_loss(x, x, x, torch.zeros(2, 1), 0.1)
+    for shape in [(1,), (2, 1), (2, 2), ()]:
+        with pytest.raises(ValueError, match=r"margin of shape .* for 2 prompts; expected \(N,\)"):
+            listwise_ranking_loss(torch.zeros(2, 2), ranks, torch.zeros(shape))
 
 
 # ---- denominators ---------------------------------------------------------------------------------------------------
 
 
 def ranking_parts():
-    scores = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 3, generator=generator, requires_grad=True)
+    margin = torch.rand(5, generator=generator)
     ranks = torch.tensor([[1, 2, 3], [1, 1, 1], [2, 0, 1], [2, 1, 2], [3, 1, 0]])
 
     def pairwise(rows, **kwargs):
-        return pairwise_ranking_loss(scores[rows, 0], scores[rows, 1], **kwargs)[0]
+        return pairwise_ranking_loss(scores[rows, 0], scores[rows, 1], margin[rows], **OPTIONS, **kwargs)[0]
 
     def listwise(rows, **kwargs):
-        return listwise_ranking_loss(scores[rows], ranks[rows], **kwargs)[0]
+        return listwise_ranking_loss(scores[rows], ranks[rows], margin[rows], **OPTIONS, **kwargs)[0]
 
     return {"pairwise": (scores, pairwise, torch.tensor(5)), "listwise": (scores, listwise, torch.tensor(4))}
 
@@ -230,3 +279,13 @@ def test_no_rows_cost_nothing_on_a_connected_graph(name, kwargs):
     loss = loss_of(slice(0, 0), **kwargs)
     assert loss.item() == 0.0
     assert not torch.autograd.grad(loss, leaf)[0].any()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"denominator": 8.0}, {"denominator": 0.0}])
+def test_rows_without_a_pair_cost_nothing_on_a_connected_graph(kwargs):
+    scores = torch.tensor([[NAN, 1.0], [2.0, 3.0]], requires_grad=True)
+    loss, stats = listwise_ranking_loss(scores, torch.tensor([[0, 1], [2, 2]]), **OPTIONS, **kwargs)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not scores.grad.any()
+    assert_stats(stats, accuracy=0, margin=0, num_pairs=0, num_prompts=0)

@@ -1,4 +1,4 @@
-"""Losses of supervised fine-tuning, of the reward model and of DPO.
+"""Losses of supervised fine-tuning and of the reward model; those of preferences are in `preference`.
 
 Each returns a differentiable scalar and a dict of detached float32 scalars. A loss is a sum over what counts, divided
 by `denominator`: by default the batch's own count; a program passes the count of the whole optimizer step (all
@@ -8,17 +8,11 @@ which nothing counts has loss 0 and zero gradients on a connected graph.
 """
 
 from dschat.functional.logprobs import token_logprobs
-from dschat.functional.masks import masked_mean, select
-from dschat.functional.reduction import Stats, detached, divide, require_same_shape
+from dschat.functional.reduction import Stats, detached, divide, require_same_shape, share_correct, smooth_labels
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-
-
-def _share_correct(margins: Tensor) -> Tensor:
-    """1 for a positive margin, 0 for a negative one, one half for a tie."""
-    return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def sft_loss(
@@ -60,22 +54,40 @@ def sft_loss(
     return divide(total, own_count, denominator), detached(loss_sum=total, num_tokens=num_tokens)
 
 
+def _pair_losses(
+    better: Tensor, worse: Tensor, margin: Tensor | None, label_smoothing: float, center_coef: float
+) -> Tensor:
+    """What each pair of scores costs, (num_pairs,) in nats; all three tensors are (num_pairs,) float32."""
+    needed = 0.0 if margin is None else margin
+    losses = smooth_labels(lambda gap: -logsigmoid(gap - needed), better - worse, label_smoothing)
+    if center_coef == 0:  # the square of far scores may be infinite
+        return losses
+    return losses + center_coef * (better + worse).square()
+
+
 def pairwise_ranking_loss(
     chosen_scores: Tensor,
     rejected_scores: Tensor,
     margin: Tensor | None = None,
     *,
+    label_smoothing: float = 0.0,
+    center_coef: float = 0.0,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
     """Bradley-Terry loss of a reward model: -log sigmoid(chosen - rejected - margin), the mean over the pairs.
 
-    Ouyang et al. 2022, eq. 1 (K = 2); the margin, by how much the chosen one is better, is Touvron et al. 2023
-    (Llama 2), eq. 2.
+    Ouyang et al. 2022, eq. 1 (K = 2); the margin m, by how much the chosen one is better, is Touvron et al. 2023
+    (Llama 2), eq. 2. With label smoothing e a pair whose scores differ by d costs what it would on average if its
+    label were wrong with probability e, -(1 - e) log sigmoid(d - m) - e log sigmoid(-d - m) (the conservative loss of
+    Mitchell 2023, https://ericmitchell.ai/cdpo.pdf). `center_coef` c adds c * (chosen + rejected)^2, which keeps the
+    scores, that the differences leave free to drift, around 0 (Eisenstein et al. 2023, arXiv 2312.09244).
 
     Args:
         chosen_scores: (B,) scores of whole responses.
         rejected_scores: (B,) scores of their rivals.
-        margin: (B,), at least 0; none by default.
+        margin: (B,), in units of score, at least 0; none by default.
+        label_smoothing: probability that a preference label is wrong, in [0, 0.5).
+        center_coef: weight of the squared sum of a pair's scores, at least 0.
         denominator: default the number of pairs.
 
     Returns:
@@ -86,31 +98,39 @@ def pairwise_ranking_loss(
         ValueError: the shapes differ ((B,) against (B, 1) would broadcast to B * B pairs).
     """
     require_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    margins = chosen_scores.float() - rejected_scores.float()
-    surplus = margins
     if margin is not None:
         require_same_shape(chosen_scores=chosen_scores, margin=margin)
-        surplus = margins - margin.float()
-    num_pairs = torch.ones_like(margins).sum()
-    loss = divide(-logsigmoid(surplus).sum(), num_pairs, denominator)
-    return loss, detached(
-        accuracy=divide(_share_correct(margins).sum(), num_pairs, None),
-        margin=divide(margins.sum(), num_pairs, None),
+        margin = margin.float()
+    chosen, rejected = chosen_scores.float(), rejected_scores.float()
+    losses = _pair_losses(chosen, rejected, margin, label_smoothing, center_coef)
+    num_pairs = torch.ones_like(losses).sum()
+    return divide(losses.sum(), num_pairs, denominator), detached(
+        accuracy=divide(share_correct(chosen - rejected).sum(), num_pairs, None),
+        margin=divide((chosen - rejected).sum(), num_pairs, None),
         num_pairs=num_pairs,
     )
 
 
 def listwise_ranking_loss(
-    scores: Tensor, ranks: Tensor, *, denominator: Tensor | float | None = None
+    scores: Tensor,
+    ranks: Tensor,
+    margin: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    center_coef: float = 0.0,
+    denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
     """Bradley-Terry loss over K ranked responses: the mean over each prompt's pairs, then over the prompts.
 
-    Ouyang et al. 2022, eq. 1, whose 1 / (K choose 2) becomes 1 / (number of pairs with different ranks). With two
-    responses each it equals `pairwise_ranking_loss`.
+    Ouyang et al. 2022, eq. 1, whose 1 / (K choose 2) becomes 1 / (number of pairs with different ranks). What a pair
+    costs is said at `pairwise_ranking_loss`; with two responses each this equals it, in every option.
 
     Args:
         scores: (N, K) scores of the responses of N prompts.
         ranks: (N, K) integers: 1 is best, equal ranks are ties (left out), 0 marks an absent response (padding).
+        margin: (N,) of each of a prompt's pairs, in units of score, at least 0; none by default.
+        label_smoothing: probability that the order of a pair is wrong, in [0, 0.5).
+        center_coef: weight of the squared sum of a pair's scores, at least 0.
         denominator: default the number of prompts with at least one pair.
 
     Returns:
@@ -118,81 +138,23 @@ def listwise_ranking_loss(
         worse), `num_pairs`, and `num_prompts` (those with a pair).
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes do not agree.
     """
     require_same_shape(scores=scores, ranks=ranks)
+    if margin is not None and margin.shape != scores.shape[:1]:
+        raise ValueError(f"margin of shape {tuple(margin.shape)} for {len(scores)} prompts; expected (N,)")
     present = ranks > 0
-    kept = select(scores, present)
-    pairs = present[:, :, None] & present[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
-    margins = kept[:, :, None] - kept[:, None, :]
-    pairs_per_prompt = pairs.sum(dim=(1, 2))
-    num_prompts = (pairs_per_prompt > 0).sum()
-    per_prompt = select(-logsigmoid(margins), pairs).sum(dim=(1, 2)) / pairs_per_prompt.clamp(min=1)
-    return divide(per_prompt.sum(), num_prompts, denominator), detached(
-        accuracy=masked_mean(_share_correct(margins), pairs),
-        margin=masked_mean(margins, pairs),
-        num_pairs=pairs.sum(),
-        num_prompts=num_prompts,
-    )
-
-
-def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-    loss_type: str = "sigmoid",
-) -> tuple[Tensor, Stats]:
-    """Direct preference optimisation, the mean over the pairs.
-
-    With h = (policy - ref) of the chosen response minus the same of the rejected one: "sigmoid" -log sigmoid(beta h)
-    (Rafailov et al. 2023, eq. 7), "ipo" (h - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17), "hinge" max(0, 1 - beta h)
-    (Liu et al. 2023, RSO). With label smoothing e the loss is the expectation when a label is wrong with probability
-    e, (1 - e) l(h) + e l(-h): for "sigmoid", conservative DPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
-
-    Args:
-        policy_chosen_logps: (B,) log-probability, in nats, summed over the tokens of the chosen response.
-        policy_rejected_logps: (B,) the same of the rejected response.
-        ref_chosen_logps: (B,) the chosen one under the reference.
-        ref_rejected_logps: (B,) the rejected one under the reference.
-        beta: strength of the tie to the reference, above 0.
-        label_smoothing: probability that a preference label is wrong, in [0, 0.5).
-        loss_type: "sigmoid", "ipo" or "hinge".
-
-    Returns:
-        The loss; stats `chosen_reward` and `rejected_reward` (means of beta * (policy - ref)), `margin` (their
-        difference), `accuracy` (chosen reward higher; a tie counts half) and `num_pairs`.
-
-    Raises:
-        ValueError: unknown `loss_type`, or the shapes differ.
-    """
-    require_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-    )
-    chosen = policy_chosen_logps.float() - ref_chosen_logps.float()
-    rejected = policy_rejected_logps.float() - ref_rejected_logps.float()
-
-    def loss_of(h: Tensor) -> Tensor:
-        if loss_type == "sigmoid":
-            return -logsigmoid(beta * h)
-        if loss_type == "ipo":
-            return (h - 1 / (2 * beta)).square()
-        if loss_type == "hinge":
-            return torch.relu(1 - beta * h)
-        raise ValueError(f"unknown DPO loss {loss_type!r}: choose sigmoid, ipo or hinge")
-
-    h = chosen - rejected
-    losses = (1 - label_smoothing) * loss_of(h) + label_smoothing * loss_of(-h)
-    num_pairs = torch.ones_like(h).sum()
-    return divide(losses.sum(), num_pairs, None), detached(
-        chosen_reward=divide(beta * chosen.sum(), num_pairs, None),
-        rejected_reward=divide(beta * rejected.sum(), num_pairs, None),
-        margin=divide(beta * h.sum(), num_pairs, None),
-        accuracy=divide(_share_correct(h).sum(), num_pairs, None),
+    is_pair = present[:, :, None] & present[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
+    row, better_at, worse_at = is_pair.nonzero(as_tuple=True)
+    scores = scores.float()
+    better, worse = scores[row, better_at], scores[row, worse_at]
+    pair_margin = None if margin is None else margin.float()[row]
+    losses = _pair_losses(better, worse, pair_margin, label_smoothing, center_coef)
+    pairs_per_prompt = is_pair.sum(dim=(1, 2))
+    num_pairs, num_prompts = pairs_per_prompt.sum(), (pairs_per_prompt > 0).sum()
+    return divide((losses / pairs_per_prompt[row]).sum(), num_prompts, denominator), detached(
+        accuracy=divide(share_correct(better - worse).sum(), num_pairs, None),
+        margin=divide((better - worse).sum(), num_pairs, None),
         num_pairs=num_pairs,
+        num_prompts=num_prompts,
     )

@@ -1,4 +1,6 @@
-"""What the losses share: the division by a count, the dict of statistics, the check of shapes."""
+"""What the losses share: the division by a count, the dict of statistics, the check of shapes, what a pair costs."""
+
+from collections.abc import Callable
 
 from dschat.functional.masks import select
 
@@ -47,3 +49,18 @@ def require_same_shape(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes must agree: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def share_correct(margins: Tensor) -> Tensor:
+    """1 for a positive margin, 0 for a negative one, one half for a tie."""
+    return (margins > 0).float() + 0.5 * (margins == 0).float()
+
+
+def smooth_labels(loss_of: Callable[[Tensor], Tensor], margins: Tensor, label_smoothing: float) -> Tensor:
+    """What a pair with margin h (better minus worse) costs on average if its label is wrong with probability e.
+
+    (1 - e) l(h) + e l(-h), with e in [0, 0.5): Mitchell 2023, https://ericmitchell.ai/cdpo.pdf.
+    """
+    if label_smoothing == 0:  # for an infinite margin, 0 * l(-h) would be NaN
+        return loss_of(margins)
+    return (1 - label_smoothing) * loss_of(margins) + label_smoothing * loss_of(-margins)
