@@ -9,18 +9,23 @@ ROOT = Path(__file__).parents[1]
 STEPS = {
     "sft": "step1_supervised_finetuning",
     "reward": "step2_reward_model_finetuning",
+    "dpo": "step2_dpo_finetuning",
     "ppo": "step3_rlhf_finetuning",
 }
 
 
 @cache
-def program(stage: str) -> ModuleType:
-    path = ROOT / "training" / STEPS[stage] / "main.py"
-    spec = importlib.util.spec_from_file_location(STEPS[stage], path)
+def load(name: str) -> ModuleType:
+    """A program below training/."""
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_").removesuffix(".py"), ROOT / "training" / name)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def program(stage: str) -> ModuleType:
+    return load(f"{STEPS[stage]}/main.py")
 
 
 def arguments(stage: str, data: str, cache_dir: str, output_dir: Path, **flags) -> list[str]:
@@ -41,6 +46,7 @@ def arguments(stage: str, data: str, cache_dir: str, output_dir: Path, **flags) 
             "per_device_training_batch_size": 4,
             "actor_learning_rate": 1e-4,
             "critic_learning_rate": 1e-4,
+            "allow_weak_reward_model": True,
             "max_steps": 2,
         }
     else:

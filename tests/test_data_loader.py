@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from dschat.data.loader import collate_preferences, collate_prompts, collate_sft, epoch_batches, prompt_stream
+from dschat.data.loader import collate_prompts, collate_rankings, collate_sft, epoch_batches, prompt_stream
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import train_tokenizer
 
@@ -98,24 +98,23 @@ def test_collate_sft():
     assert collate_sft(rows, 3, PAD)["loss_mask"][2].tolist() == [F, T, F]
 
 
-def test_collate_preferences():
+def test_collate_rankings():
     rows = [
-        {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 9], "prompt_len": 1, "margin": 0.5},
-        {"chosen_ids": [4, 9], "rejected_ids": [4, 2, 6, 7], "prompt_len": 1, "margin": 0.0},
+        {"input_ids": [[1, 2, 3], [1, 9]], "ranks": [1, 2], "prompt_len": 1, "margin": 0.5},
+        {"input_ids": [[4, 5, 9], [4, 5, 6, 7], [4, 5, 8]], "ranks": [1, 2, 2], "prompt_len": 2, "margin": 0.0},
+        {"input_ids": [[1, 2, 3], [1, 9]], "ranks": [1, 2], "prompt_len": 1, "margin": 0.5},
     ]
-    batch = collate_preferences(rows, 2, PAD)
+    batch = collate_rankings(rows, 2, PAD)
     check(
         batch,
-        input_ids=[[1, 2, 3, 9], [4, 9, 9, 9], [1, 9, 9, 9], [4, 2, 6, 7]],
-        attention_mask=[[T, T, T, F], [T, T, F, F], [T, T, F, F], [T, T, T, T]],
-        loss_mask=[[F, T, T, F], [F, T, F, F], [F, T, F, F], [F, T, T, T]],
-        margin=[0.5, 0.0],
-        pair_mask=[T, T],
+        input_ids=[[1, 2, 3, 9], [1, 9, 9, 9], [4, 5, 9, 9], [4, 5, 6, 7], [4, 5, 8, 9], [1, 2, 3, 9], [1, 9, 9, 9]],
+        attention_mask=[[T, T, T, F], [T, T, F, F], [T, T, T, F], [T] * 4, [T, T, T, F], [T, T, T, F], [T, T, F, F]],
+        loss_mask=[[F, T, T, F], [F, T, F, F], [F, F, T, F], [F, F, T, T], [F, F, T, F], [F] * 4, [F] * 4],
+        answer_mask=[[T, T, F], [T, T, T], [T, T, F]],
+        ranks=[[1, 2, 0], [1, 2, 2], [0, 0, 0]],
+        margin=[0.5, 0.0, 0.5],
     )
-    partly = collate_preferences(rows, 1, PAD)
-    check(partly, pair_mask=[T, F])
-    assert partly["loss_mask"].any(1).tolist() == [T, F, T, F]
-    assert partly["margin"].dtype == torch.float32
+    assert batch["margin"].dtype == torch.float32
 
 
 def test_collate_prompts_pads_on_the_left():

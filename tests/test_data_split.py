@@ -139,10 +139,13 @@ def test_toy_records_already_belong_to_a_stage(tmp_path, stage_data, monkeypatch
 
     stub = types.ModuleType("dschat.data.toy")
     stub.records = records
+    stub.__file__ = write(tmp_path / "toy.py", [])
     monkeypatch.setitem(sys.modules, "dschat.data.toy", stub)
     monkeypatch.setattr("dschat.data.toy", stub, raising=False)
     train, evaluation, _ = stage_data("preference", "toy", split="1,0,0")
     assert questions(train) == [f"question preference train {n}" for n in range(5)]
     assert questions(evaluation) == [f"question preference eval {n}" for n in range(2)]
     stub.records = lambda stage, part: iter([pair("new")])
-    assert questions(stage_data("preference", "toy")[0]) == ["question new"], "cached by content too"
+    assert len(stage_data("preference", "toy")[0]) == 5, "its records are not made again"
+    write(tmp_path / "toy.py", [{}])
+    assert questions(stage_data("preference", "toy")[0]) == ["question new"], "unless its code changed"

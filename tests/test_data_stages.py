@@ -4,7 +4,15 @@ import json
 
 from dschat.data import stages
 from dschat.data.sources import load_examples, load_stage_data
-from dschat.data.stages import drop_first_turn, tokenize_preferences, tokenize_prompts, tokenize_sft, tokenizer_hash
+from dschat.data.stages import (
+    drop_first_turn,
+    tokenize_feedback,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_rankings,
+    tokenize_sft,
+    tokenizer_hash,
+)
 from dschat.data.tables import FEATURES
 from dschat.data.tokenizer import train_tokenizer
 from dschat.errors import UserError
@@ -69,14 +77,68 @@ def test_sft_prompt_that_leaves_no_room_is_dropped():
     assert len(tokenize_sft(examples(*rows), TOKENIZER, 23)[0]) == 1, "one token of the answer is enough"
 
 
+PROMPT = "\n\nHuman: q\n\nAssistant:"
+
+
+def test_rankings_hold_every_answer_to_a_prompt_best_first():
+    row = {"prompt": turns("a", "b", "q"), "responses": ["c", "a", "b", "d"], "ranks": [3, 1, 2, 2], "margin": 0.5}
+    table, counter = tokenize_rankings(examples(row, row | {"margin": None, "prompt": turns("q")}), TOKENIZER, 100)
+    before = f"\n\nHuman: a\n\nAssistant: b{EOS}{PROMPT}"
+    assert [text(ids) for ids in table[0]["input_ids"]] == [f"{before} {a}{EOS}" for a in "abdc"]
+    rest = {name: table[0][name] for name in table.column_names if name != "input_ids"}
+    messages = turns("a", "b", "q")
+    assert rest == {"ranks": [1, 2, 2, 3], "prompt_len": 47, "messages": messages, "margin": 0.5, "source": "s"}
+    assert (table[1]["messages"], table[1]["prompt_len"], table[1]["margin"]) == (turns("q"), 22, 0.0)
+    assert not counter
+
+
+def test_rankings_leave_out_the_same_answer_empty_and_over_long_ones():
+    ranked = {"prompt": turns("q"), "responses": ["c", "a", "b", "a", ""], "ranks": [3, 1, 2, 2, 4]}
+    rows = [
+        ranked,
+        {"prompt": turns("q"), "responses": ["x", "x"], "ranks": [1, 2]},
+        {"prompt": turns("q"), "responses": ["x", ""], "ranks": [1, 2]},
+        {"prompt": turns("q"), "responses": ["x", "y" * 20], "ranks": [1, 2]},
+        {"prompt": turns("q"), "responses": ["x", "y", "z" * 20], "ranks": [1, 2, 2]},
+        {"prompt": turns("a", "b", "q"), "responses": ["x", "y" * 10], "ranks": [1, 2]},
+    ]
+    table, counter = tokenize_rankings(examples(*rows), TOKENIZER, 40)
+    found = [([text(ids)[len(PROMPT) :] for ids in r["input_ids"]], r["ranks"], r["messages"]) for r in table]
+    assert found == [
+        ([f" a{EOS}", f" b{EOS}", f" c{EOS}"], [1, 2, 3], turns("q")),
+        ([f" x{EOS}", f" y{EOS}"], [1, 2], turns("q")),
+        ([f" x{EOS}", f" {'y' * 10}{EOS}"], [1, 2], turns("q")),
+    ]
+    assert counter == {
+        "the same answer twice": 2,
+        "empty answer": 2,
+        "answer longer than max_seq_len": 2,
+        "dialogue shortened by whole turns": 1,
+    }
+
+
+@pytest.mark.parametrize("tokenize", [tokenize_rankings, tokenize_preferences, tokenize_feedback])
+def test_a_prompt_that_leaves_no_room_is_counted_as_such(tokenize):
+    row = {"prompt": turns("q"), "responses": ["x", "y"], "ranks": [1, 2]}
+    table, counter = tokenize(examples(row, row | {"prompt": turns("long" * 9)}), TOKENIZER, 57)
+    num_rows = 2 if tokenize is tokenize_feedback else 1
+    assert len(table) == num_rows and counter == {"prompt fills max_seq_len": num_rows}
+
+
+def test_an_answer_that_fits_without_the_giant_beside_it_keeps_its_dialogue():
+    row = {"prompt": turns("a", "b", "q"), "responses": ["x", "y", "z" * 99], "ranks": [1, 2, 3]}
+    table, counter = tokenize_rankings(examples(row), TOKENIZER, 60)
+    assert len(table[0]["messages"]) == 3 and len(table[0]["input_ids"]) == 2
+    assert counter == {"answer longer than max_seq_len": 1}
+
+
 def test_preferences_are_all_pairs_of_different_rank():
-    row = {"prompt": turns("q"), "responses": ["c", "a", "b", "a"], "ranks": [3, 1, 2, 2], "margin": 0.5}
+    row = {"prompt": turns("q"), "responses": ["c", "a", "b", "d", "a"], "ranks": [3, 1, 2, 2, 2], "margin": 0.5}
     table, counter = tokenize_preferences(examples(row, row | {"margin": None}), TOKENIZER, 100)
-    prompt = "\n\nHuman: q\n\nAssistant:"
     pairs = [(text(r["chosen_ids"]), text(r["rejected_ids"]), r["margin"]) for r in table]
-    expected = [("a", "b"), ("a", "c"), ("b", "c"), ("a", "c")]
-    assert pairs == [(f"{prompt} {a}{EOS}", f"{prompt} {b}{EOS}", m) for m in (0.5, 0.0) for a, b in expected]
-    assert counter == {"chosen and rejected are the same": 2}
+    expected = [("a", "b"), ("a", "d"), ("a", "c"), ("b", "c"), ("d", "c")]
+    assert pairs == [(f"{PROMPT} {a}{EOS}", f"{PROMPT} {b}{EOS}", m) for m in (0.5, 0.0) for a, b in expected]
+    assert counter == {"the same answer twice": 2}, "told once for each ranking"
     assert set(table["prompt_len"]) == {22} and set(table["source"]) == {"s"}
 
 
@@ -87,14 +149,28 @@ def test_preference_shares_one_shortened_prompt_or_is_dropped():
         f"\n\nHuman: q\n\nAssistant: x{EOS}",
         f"\n\nHuman: q\n\nAssistant: {'y' * 10}{EOS}",
     ]
-    assert counter == {"dialogue shortened by whole turns": 1, "pair longer than max_seq_len": 1} and len(table) == 1
+    assert counter == {"dialogue shortened by whole turns": 1, "answer longer than max_seq_len": 1} and len(table) == 1
 
 
-def test_empty_rejected_is_the_eos_alone():
-    table, _ = tokenize_preferences(
-        examples({"prompt": turns("q"), "responses": ["x", ""], "ranks": [1, 2]}), TOKENIZER, 40
-    )
-    assert table[0]["rejected_ids"][22:] == [TOKENIZER.eos_token_id]
+def test_feedback_is_the_best_and_the_worst_answers_one_by_one():
+    rows = [
+        {"prompt": turns("q"), "responses": ["c", "a", "b", "d"], "ranks": [3, 1, 2, 3]},
+        {"prompt": turns("q"), "responses": ["bad"], "ranks": [2]},
+        {"prompt": turns("q"), "responses": ["good"], "ranks": [1]},
+        {"prompt": turns("q"), "responses": ["y" * 20, ""], "ranks": [1, 2]},
+        {"prompt": turns("a", "b", "q"), "responses": ["y" * 10], "ranks": [1]},
+    ]
+    table, counter = tokenize_feedback(examples(*rows), TOKENIZER, 40)
+    assert table.column_names == ["input_ids", "prompt_len", "good"] and set(table["prompt_len"]) == {22}
+    answers = [(text(row["input_ids"]), row["good"]) for row in table]
+    expected = [("a", True), ("c", False), ("d", False), ("bad", False), ("good", True), ("y" * 10, True)]
+    assert answers == [(f"{PROMPT} {answer}{EOS}", good) for answer, good in expected]
+    assert counter == {
+        "neither the best nor the worst of a ranking": 1,
+        "empty answer": 1,
+        "answer longer than max_seq_len": 1,
+        "dialogue shortened by whole turns": 1,
+    }
 
 
 def test_prompts():
@@ -117,9 +193,11 @@ def test_prompts_carry_their_record():
         {"prompt": turns("q"), "responses": ["c", "é", "b", "b2"], "ranks": [3, 1, 2, 2], "metadata": '{"z":[1]}'},
         {"prompt": turns("a", "b", "r"), "metadata": '{"a":"x"}'},
         {"prompt": turns("r"), "responses": ["late"], "ranks": [1], "metadata": '{"a":"y"}'},
+        {"prompt": turns("s"), "responses": ["bad"], "ranks": [2]},
     ]
     table, counter = tokenize_prompts(examples(*rows), TOKENIZER, 30)
-    assert table["record"][:] == ['{"responses":["é","b","b2","c"],"z":[1]}', '{"a":"x","responses":[]}']
+    expected = ['{"responses":["é","b","b2","c"],"z":[1]}', '{"a":"x","responses":[]}', '{"responses":[]}']
+    assert table["record"][:] == expected, "a lone bad answer is no reference"
     assert counter == {"dialogue shortened by whole turns": 1, "prompt seen before": 1}, "the first record counts"
 
 
@@ -155,7 +233,9 @@ def test_records_of_different_shapes_have_one_type_in_a_table(workers):
     assert [json.loads(text) for text in table["record"]] == expected
 
 
-@pytest.mark.parametrize("tokenize", [tokenize_sft, tokenize_preferences, tokenize_prompts])
+@pytest.mark.parametrize(
+    "tokenize", [tokenize_sft, tokenize_rankings, tokenize_preferences, tokenize_feedback, tokenize_prompts]
+)
 def test_nothing_held_out_is_an_empty_table_of_the_same_columns(tokenize):
     row = {"prompt": turns("q"), "responses": ["x", "y"], "ranks": [1, 2]}
     full, _ = tokenize(examples(row), TOKENIZER, 40)
@@ -178,7 +258,7 @@ def test_counts_and_rows_are_the_same_from_any_number_of_workers(tmp_path):
         table, _ = load_examples([str(tmp_path / "a.jsonl")], "train", "preference", **options)
         tokens, counter = tokenize_preferences(table, TOKENIZER, 40, workers)
         results.append((tokens[:], counter))
-    assert results[0] == results[1] and results[0][1]["pair longer than max_seq_len"] > 0
+    assert results[0] == results[1] and results[0][1]["prompt fills max_seq_len"] > 0
 
 
 def test_cache_depends_on_data_tokenizer_template_length_and_code(tmp_path, monkeypatch):

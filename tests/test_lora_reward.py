@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dschat.data.loader import collate_preferences
+from dschat.data.loader import collate_rankings
 from dschat.data.tokenizer import load_tokenizer, train_tokenizer
 from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine, save_weights
 from dschat.engine.distributed import init_runtime
@@ -131,10 +131,10 @@ def batches_of(tokenizer, num_steps: int) -> list[list[dict[str, torch.Tensor]]]
     def pair() -> dict:
         sizes = torch.randint(4, 14, (2,), generator=generator).tolist()
         ids = [torch.randint(4, len(tokenizer), (size,), generator=generator).tolist() for size in sizes]
-        return {"chosen_ids": ids[0], "rejected_ids": ids[1], "prompt_len": 2, "margin": 0.0}
+        return {"input_ids": ids, "ranks": [1, 2], "prompt_len": 2, "margin": 0.0}
 
     return [
-        [collate_preferences([pair() for _ in range(n)], n, tokenizer.pad_token_id) for n in (3, 2)]
+        [collate_rankings([pair() for _ in range(n)], n, tokenizer.pad_token_id) for n in (3, 2)]
         for _ in range(num_steps)
     ]
 
@@ -149,7 +149,7 @@ def train_steps(family: str, directory: Path, model_dirs, tokenizer, runtime, **
     spec = TrainSpec(1e-2, 0.0, "constant", 0, 3, 0.0, stage, **options)
     engine = create_train_engine(scorer, spec, dtype=FP32, runtime=runtime)
     for batches in batches_of(tokenizer, 3):
-        programs.program("reward").train_step(engine, batches, runtime)
+        programs.program("reward").train_step(engine, batches, {}, runtime)
 
     def save(whole) -> None:
         after = dict(whole.named_parameters())

@@ -72,12 +72,12 @@ OTHERS = {
     "num_workers": (2, {}),
     "seed": (5, {}),
 }
-# Read by the program itself: tests/test_ppo_programs.py and tests/test_programs.py run them.
+# Read by the program itself: tests/test_ppo_programs.py, test_programs.py and test_reward_program.py run them.
 BY_THE_PROGRAM = {
     *("output_dir", "dtype", "max_steps", "num_train_epochs", "eval_interval", "log_interval", "chat_template"),
     *("show_batch", "per_device_generation_batch_size", "generation_batches", "max_prompt_seq_len"),
     *("max_answer_seq_len", "temperature", "kl_coef", "kl_target", "kl_horizon", "best_metric"),
-    *("early_stopping_patience", "best_of_n", "self_check", "explain"),
+    *("early_stopping_patience", "best_of_n", "self_check", "explain", "allow_weak_reward_model"),
 }
 REFUSED = {"top_k", "top_p"}  # any other value than off ends the program
 

@@ -90,8 +90,8 @@ def test_step_2_stores_its_held_out_texts_and_their_scores(reward_dir, tokenizer
 def test_a_long_pair_is_cut_and_one_that_the_context_cannot_hold_left_out(tokenizer, model_dirs):
     words = tokenizer(" the cat sat on the mat" * 100, add_special_tokens=False)["input_ids"]
     pairs = [
-        {"chosen_ids": words[:200], "rejected_ids": [*words[:100], tokenizer.eos_token_id], "prompt_len": 100},
-        {"chosen_ids": words[:9], "rejected_ids": words[:12], "prompt_len": 5},
+        {"input_ids": [words[:200], words[:3], [*words[:100], tokenizer.eos_token_id]], "prompt_len": 100},
+        {"input_ids": [words[:9], words[:12]], "prompt_len": 5},
     ]
     classifier = load_scorer(model_dirs("llama"), tokenizer, dtype=FP32)
     whole = make_probes(Scorer(classifier), pairs, tokenizer)
@@ -157,7 +157,7 @@ def test_changed_statistics_are_refused(copied, name, by):
 
 def test_statistics_of_another_run_are_refused(copied, model_dirs, tokenizer, tmp_path):
     model = load_scorer(model_dirs("llama"), tokenizer, dtype=FP32)
-    pairs = [{"chosen_ids": [40, 50, 60, 0], "rejected_ids": [40, 50, 70, 0], "prompt_len": 2}]
+    pairs = [{"input_ids": [[40, 50, 60, 0], [40, 50, 70, 0]], "prompt_len": 2}]
     mean, std = load_score_stats(str(copied))
     save_score_stats(str(copied), mean, std, make_probes(Scorer(model), pairs, tokenizer))
     refused(copied)

@@ -73,22 +73,26 @@ def collate_sft(rows: Sequence[dict[str, Any]], num_real: int, pad_token_id: int
     return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
 
 
-def collate_preferences(rows: Sequence[dict[str, Any]], num_real: int, pad_token_id: int) -> Batch:
-    """input_ids, attention_mask, loss_mask (2B, T): the chosen rows, then the rejected; margin, pair_mask (B,).
+def collate_rankings(rows: Sequence[dict[str, Any]], num_real: int, pad_token_id: int) -> Batch:
+    """The answers to B prompts, K at most each, as M sequences in the order of the rows.
 
-    loss_mask is True on the tokens of the response; pair_mask is False from num_real on.
+    input_ids, attention_mask, loss_mask (M, T): loss_mask is True on the tokens of the answers, the end token
+    included; answer_mask (B, K): True where a row has a k-th answer, M of them; ranks (B, K): 1 is best, 0 where there
+    is no answer or the row only fills up; margin (B,).
     """
-    sequences = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-    input_ids, attention_mask = _pad_right(sequences, pad_token_id)
-    prompt_lens = torch.tensor([row["prompt_len"] for row in rows] * 2)
-    pair_mask = torch.arange(len(rows)) < num_real
-    in_response = torch.arange(input_ids.shape[1]) >= prompt_lens[:, None]
+    input_ids, attention_mask = _pad_right([ids for row in rows for ids in row["input_ids"]], pad_token_id)
+    ranks, answer_mask = _pad_right([row["ranks"] for row in rows], 0)
+    is_real = torch.arange(len(rows)) < num_real
+    sizes = torch.tensor([len(row["ranks"]) for row in rows])
+    prompt_lens = torch.tensor([row["prompt_len"] for row in rows]).repeat_interleave(sizes)
+    in_answer = torch.arange(input_ids.shape[1]) >= prompt_lens[:, None]
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "loss_mask": attention_mask & in_response & pair_mask.repeat(2)[:, None],
+        "loss_mask": attention_mask & in_answer & is_real.repeat_interleave(sizes)[:, None],
+        "answer_mask": answer_mask,
+        "ranks": ranks * is_real[:, None],
         "margin": torch.tensor([row["margin"] for row in rows], dtype=torch.float32),
-        "pair_mask": pair_mask,
     }
 
 

@@ -5,12 +5,25 @@ from dataclasses import dataclass, field
 
 from dschat.data.loader import MicroBatch, epoch_batches
 from dschat.data.sources import load_stage_data
-from dschat.data.stages import tokenize_preferences, tokenize_prompts, tokenize_sft
+from dschat.data.stages import (
+    tokenize_feedback,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_rankings,
+    tokenize_sft,
+)
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-TOKENIZE = {"sft": tokenize_sft, "preference": tokenize_preferences, "prompt": tokenize_prompts}
+# kind of rows -> the stage whose examples they are made of, and how
+KINDS = {
+    "sft": ("sft", tokenize_sft),
+    "ranking": ("preference", tokenize_rankings),
+    "preference": ("preference", tokenize_preferences),
+    "feedback": ("feedback", tokenize_feedback),
+    "prompt": ("prompt", tokenize_prompts),
+}
 
 
 @dataclass(frozen=True)
@@ -51,12 +64,13 @@ class StageRows:
         }
 
 
-def load_rows(spec: DataSpec, stage: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> StageRows:
-    """The rows of ``stage`` ("sft", "preference" or "prompt"), at most ``max_len`` tokens each.
+def load_rows(spec: DataSpec, kind: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> StageRows:
+    """The rows of ``kind``, a key of KINDS (`dschat.data.stages` says what is in them), of ``max_len`` tokens at most.
 
     Raises:
         UserError: a bad file or record, a stage left without data.
     """
+    stage, tokenize = KINDS[kind]
     train, held_out, dropped = load_stage_data(
         spec.data_path,
         spec.eval_data_path,
@@ -67,7 +81,6 @@ def load_rows(spec: DataSpec, stage: str, tokenizer: PreTrainedTokenizerBase, ma
         spec.cache_dir,
         spec.skip_bad_records,
     )
-    tokenize = TOKENIZE[stage]
     train_rows, cut = tokenize(train, tokenizer, max_len, spec.num_workers)
     eval_rows, eval_cut = tokenize(held_out, tokenizer, max_len, spec.num_workers)
     if spec.max_eval_samples:

@@ -19,7 +19,8 @@ class Message(TypedDict):
 
 
 class Example(TypedDict):
-    """What every stage reads. `prompt` ends with a user turn; rank 1 is best, equal ranks are a tie.
+    """What every stage reads. `prompt` ends with a user turn; rank 1 is best, equal ranks are a tie. A lone answer of
+    rank 2 is a bad one.
 
     `metadata` is JSON text ("" where there is none), so that a table of any records has one type for it.
     """
@@ -37,7 +38,7 @@ class RecordError(ValueError):
 
 SHAPES = (
     "prompt+chosen+rejected, chosen+rejected as whole Human/Assistant transcripts or message lists, "
-    "prompt+response, prompt+responses(+ranks or scores), messages, instruction(+input, history)+output, "
+    "prompt+response(+label), prompt+responses(+ranks or scores), messages, instruction(+input, history)+output, "
     "conversations, or prompt alone"
 )
 ROLES = {
@@ -76,7 +77,9 @@ def to_example(record: dict[str, Any]) -> Example:
         dialogue = _agree(dialogue, context)
     prompt = _with_system(dialogue or [], fields.get("system"))
     _check_prompt(prompt)
-    if responses and not any(text for text, rank in zip(responses, ranks, strict=True) if rank == 1):
+    if len(responses) == 1 and _label(fields.get("label")) is False:
+        ranks = [2]
+    if responses and not any(text for text, rank in zip(responses, ranks, strict=True) if rank == min(ranks)):
         _fail("the answer is empty; write one or remove the record")
     margin, metadata = _margin(fields.get("margin")), _metadata(fields.get("metadata"))
     return Example(prompt=prompt, responses=responses, ranks=ranks, margin=margin, metadata=metadata)
@@ -215,6 +218,11 @@ def _ranks(fields: dict[str, Any], num_responses: int) -> list[int]:
     if min(values) != 1 or any(value != int(value) for value in values):
         _fail('"ranks" must be whole numbers with 1 for the best')
     return [int(value) for value in values]
+
+
+def _label(value: Any) -> bool | None:
+    """Whether a lone answer is a good one. What is neither true nor false is not about that."""
+    return {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
 
 
 def _agree(dialogue: list[Message] | None, context: list[Message]) -> list[Message]:

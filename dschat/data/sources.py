@@ -7,7 +7,7 @@ only then what the stage can use: so no stage trains on what another evaluates o
 from collections import Counter
 from collections.abc import Sequence
 
-from dschat.data.tables import concatenated, for_stage, read_source, weighted
+from dschat.data.tables import OWN_STAGE, concatenated, for_stage, read_source, weighted
 from dschat.errors import UserError
 
 import datasets
@@ -33,7 +33,7 @@ def parse_source(text: str) -> tuple[str, float]:
 def load_examples(
     data_path: list[str], part: str, stage: str, *, cache_dir: str, seed: int, skip_bad_records: bool = False
 ) -> tuple[datasets.Dataset, Counter[str]]:
-    """All examples of one part ("train" or "eval") that a stage ("sft", "preference", "prompt") can use, weighted."""
+    """All examples of one part ("train" or "eval") that a stage (of STAGE_NEEDS) can use, weighted."""
     tables, counter = [], Counter[str]()
     for text in data_path:
         path, weight = parse_source(text)
@@ -86,13 +86,14 @@ def load_stage_data(
     cache_dir: str,
     skip_bad_records: bool = False,
 ) -> tuple[datasets.Dataset, datasets.Dataset, Counter[str]]:
-    """(training examples, evaluation examples, what was dropped and why) of "sft", "preference" or "prompt".
+    """(training examples, evaluation examples, what was dropped and why) of "sft", "preference", "feedback" (single
+    answers, good or bad, out of the share of "preference") or "prompt".
 
     Evaluation: `eval_data_path`, or else each source's own eval split, or else `eval_fraction` of its rows, the same
     rows for every stage.
     """
     train, evaluation, counter = [], [], Counter[str]()
-    index = STAGES.index(stage)
+    index = STAGES.index(OWN_STAGE.get(stage, stage))
     for text in data_path:
         path, weight = parse_source(text)
         table, dropped = read_source(path, "train", stage, cache_dir, skip_bad_records)
@@ -118,6 +119,28 @@ def load_stage_data(
     if not eval_data_path and not any(map(len, evaluation)):
         return examples, examples.select([]), counter
     return examples, concatenated(evaluation, stage, counter, f"--eval_data_path {' '.join(eval_data_path)}"), counter
+
+
+def load_evaluation(
+    data_path: Sequence[str], stage: str, *, eval_fraction: float, seed: int, cache_dir: str, skip_bad_records: bool
+) -> tuple[datasets.Dataset, Counter[str]]:
+    """(examples to evaluate on, what was dropped and why), for tools that train nothing.
+
+    Of each source the part for evaluation where it has one, else all of it, or with an ``eval_fraction`` above 0 the
+    rows that `load_stage_data` holds out with this fraction and seed.
+    """
+    tables, dropped = [], Counter[str]()
+    for path, _ in map(parse_source, data_path):
+        table, reasons = read_source(path, "eval", stage, cache_dir, skip_bad_records)
+        if table is None:
+            table, reasons = read_source(path, "train", stage, cache_dir, skip_bad_records)
+            assert table is not None, "every source has a train part"
+            if eval_fraction:
+                table = table.select(hold_out(len(table), eval_fraction, seed)[1])
+        usable, unusable = for_stage(table, stage)
+        tables.append(usable)
+        dropped += reasons + unusable
+    return concatenated(tables, stage, dropped, f"--data_path {' '.join(data_path)}"), dropped
 
 
 def _share(table: datasets.Dataset, split: str, index: int, seed: int, path: str) -> datasets.Dataset:

@@ -13,16 +13,19 @@ from itertools import combinations
 from typing import Any
 
 from dschat.data.records import Message, to_json
+from dschat.data.tables import count_values
 from dschat.data.templates import encode_answers, encode_prompt
 from dschat.errors import UserError
 
 import datasets
 import numpy as np
+import pyarrow.compute
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-TOKENIZING_VERSION = "2"  # change it with anything here or in templates that changes a row
+TOKENIZING_VERSION = "3"  # change it with anything here or in templates that changes a row
 SHORTENED = "dialogue shortened by whole turns"
+NO_ROOM, TOO_LONG = "prompt fills max_seq_len", "answer longer than max_seq_len"
 Rows = Iterator[dict[str, Any]]
 _IDS = datasets.List(datasets.Value("int32"))
 _FLAGS = {"keep": datasets.Value("bool"), "reasons": datasets.List(datasets.Value("string"))}
@@ -37,16 +40,41 @@ def tokenize_sft(
     return _tokenize(dataset, _sft_rows, columns, tokenizer, max_seq_len, num_workers)
 
 
+def tokenize_rankings(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, num_workers: int = 1
+) -> tuple[datasets.Dataset, Counter[str]]:
+    """A row for each prompt with answers of different rank: input_ids, K sequences (T,), and their ranks (K,).
+
+    The best come first, 1 is best, equal ranks are ties; each sequence is the prompt, of prompt_len ids, and an answer
+    that ends in EOS. margin (0.0: none), source and messages are those of the prompt.
+    """
+    columns = {"input_ids": datasets.List(_IDS), "ranks": datasets.List(datasets.Value("int32"))}
+    columns |= {"prompt_len": datasets.Value("int32"), "margin": datasets.Value("float64")}
+    columns |= {"source": datasets.Value("string"), "messages": _MESSAGES}
+    return _tokenize(dataset, _ranking_rows, columns, tokenizer, max_seq_len, num_workers)
+
+
 def tokenize_preferences(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, num_workers: int = 1
 ) -> tuple[datasets.Dataset, Counter[str]]:
     """chosen_ids, rejected_ids (T,), prompt_len (ids they share as the prompt), margin (0.0: none), source.
 
-    Every two responses of different rank are a row; both sequences end in EOS.
+    Every two answers of different rank are a row; both sequences end in EOS.
     """
     columns = {"chosen_ids": _IDS, "rejected_ids": _IDS, "prompt_len": datasets.Value("int32")}
     columns |= {"margin": datasets.Value("float64"), "source": datasets.Value("string")}
     return _tokenize(dataset, _preference_rows, columns, tokenizer, max_seq_len, num_workers)
+
+
+def tokenize_feedback(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, num_workers: int = 1
+) -> tuple[datasets.Dataset, Counter[str]]:
+    """input_ids (T,), prompt_len, good: single answers, each good (of the best rank) or bad (of the worst).
+
+    Of a ranking of several, what stands between is left out. All sequences end in EOS.
+    """
+    columns = {"input_ids": _IDS, "prompt_len": datasets.Value("int32"), "good": datasets.Value("bool")}
+    return _tokenize(dataset, _feedback_rows, columns, tokenizer, max_seq_len, num_workers)
 
 
 def tokenize_prompts(
@@ -59,13 +87,9 @@ def tokenize_prompts(
     """
     columns = {"prompt_ids": _IDS, "messages": _MESSAGES, "record": datasets.Value("string")}
     table, counter = _tokenize(dataset, _prompt_rows, columns, tokenizer, max_prompt_seq_len, num_workers)
-    seen: set[bytes] = set()
-    first = []
-    for row, ids in enumerate(table.with_format("numpy", columns=["prompt_ids"])):
-        digest = hashlib.sha256(ids["prompt_ids"].tobytes()).digest()[:16]
-        if digest not in seen:
-            first.append(row)
-            seen.add(digest)
+    prompts = table.select_columns("prompt_ids").with_format("numpy").iter(1000)
+    digests = (hashlib.sha256(ids.tobytes()).digest()[:16] for batch in prompts for ids in batch["prompt_ids"])
+    first = np.sort(np.unique(np.fromiter(digests, "S16", len(table)), return_index=True)[1])
     if len(first) < len(table):
         counter["prompt seen before"] = len(table) - len(first)
         table = table.select(first)
@@ -74,36 +98,83 @@ def tokenize_prompts(
 
 def _sft_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> Rows:
     for text in (text for text, rank in zip(example["responses"], example["ranks"], strict=True) if rank == 1):
-        [(ids, mask)], reasons = _fit(tokenizer, example["prompt"], [text], max_seq_len)
+        [(ids, mask)], _, reasons = _fit(tokenizer, example["prompt"], [text], max_seq_len)
         if _prompt_len(mask) >= max_seq_len:
-            yield {"keep": False, "reasons": ["prompt fills max_seq_len"]}
+            yield {"keep": False, "reasons": [NO_ROOM]}
             continue
         if len(ids) > max_seq_len:
             ids, mask, reasons = ids[:max_seq_len], mask[:max_seq_len], [*reasons, "answer cut at max_seq_len"]
         yield {"input_ids": ids, "loss_mask": mask, "keep": True, "reasons": reasons}
 
 
+def _ranking_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> Rows:
+    answers, reasons = _usable(_best_first(example))
+    while len({rank for rank, _ in answers}) > 1:
+        texts = [text for _, text in answers]
+        fitted, prompt, shortened = _fit(tokenizer, example["prompt"], texts, max_seq_len)
+        if _prompt_len(fitted[0][1]) >= max_seq_len:
+            reasons.append(NO_ROOM)
+            break
+        fits = [len(ids) <= max_seq_len for ids, _ in fitted]
+        if all(fits):
+            yield {
+                "input_ids": [ids for ids, _ in fitted],
+                "ranks": [rank for rank, _ in answers],
+                "prompt_len": _prompt_len(fitted[0][1]),
+                "messages": prompt,
+                "margin": example["margin"] or 0.0,
+                "source": example["source"],
+                "keep": True,
+                "reasons": reasons + shortened,
+            }
+            return
+        reasons += [TOO_LONG] * fits.count(False)
+        answers = [answer for answer, fit in zip(answers, fits, strict=True) if fit]
+    yield {"keep": False, "reasons": reasons}
+
+
 def _preference_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> Rows:
-    for (rank, chosen), (worse_rank, rejected) in combinations(_best_first(example), 2):
-        if rank == worse_rank:
+    for ranking in _ranking_rows(example, tokenizer, max_seq_len):
+        if not ranking["keep"]:
+            yield ranking
+            return
+        reasons = ranking["reasons"]
+        answers = zip(ranking["ranks"], ranking["input_ids"], strict=True)
+        for (rank, chosen_ids), (worse_rank, rejected_ids) in combinations(answers, 2):
+            if rank < worse_rank:
+                yield ranking | {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids, "reasons": reasons}
+                reasons = []  # told once for each ranking
+
+
+def _feedback_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> Rows:
+    answers, reasons = _usable(_best_first(example))
+    ranks = [rank for rank, _ in answers]
+    if reasons:
+        yield {"keep": False, "reasons": reasons}
+    for rank, text in answers:
+        if 1 < rank < max(ranks):
+            yield {"keep": False, "reasons": ["neither the best nor the worst of a ranking"]}
             continue
-        if chosen == rejected:
-            yield {"keep": False, "reasons": ["chosen and rejected are the same"]}
+        [(ids, mask)], _, reasons = _fit(tokenizer, example["prompt"], [text], max_seq_len)
+        prompt_len = _prompt_len(mask)
+        if len(ids) > max_seq_len:
+            yield {"keep": False, "reasons": [NO_ROOM if prompt_len >= max_seq_len else TOO_LONG]}
             continue
-        encoded, reasons = _fit(tokenizer, example["prompt"], [chosen, rejected], max_seq_len)
-        (chosen_ids, mask), (rejected_ids, _) = encoded
-        if max(len(chosen_ids), len(rejected_ids)) > max_seq_len:
-            yield {"keep": False, "reasons": ["pair longer than max_seq_len"]}
-            continue
-        yield {
-            "chosen_ids": chosen_ids,
-            "rejected_ids": rejected_ids,
-            "prompt_len": _prompt_len(mask),
-            "margin": example["margin"] or 0.0,
-            "source": example["source"],
-            "keep": True,
-            "reasons": reasons,
-        }
+        yield {"input_ids": ids, "prompt_len": prompt_len, "good": rank == 1, "keep": True, "reasons": reasons}
+
+
+def _usable(answers: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:
+    """The answers that are not empty, each text once at its best rank; and why the others are left out."""
+    kept: dict[str, int] = {}
+    reasons = []
+    for rank, text in answers:
+        if not text:
+            reasons.append("empty answer")
+        elif text in kept:
+            reasons.append("the same answer twice")
+        else:
+            kept[text] = rank
+    return [(rank, text) for text, rank in kept.items()], reasons
 
 
 def _prompt_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_prompt_seq_len: int) -> Rows:
@@ -115,8 +186,8 @@ def _prompt_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ma
     if len(ids) > max_prompt_seq_len:
         yield {"keep": False, "reasons": ["prompt longer than max_prompt_seq_len"]}
     else:
-        answers = {"responses": [text for _, text in _best_first(example)]}
-        record = to_json(answers | json.loads(example["metadata"] or "{}"))
+        texts = [text for _, text in _best_first(example)] if 1 in example["ranks"] else []  # not a lone bad one
+        record = to_json({"responses": texts} | json.loads(example["metadata"] or "{}"))
         yield {"prompt_ids": ids, "messages": prompt, "record": record, "keep": True, "reasons": reasons}
 
 
@@ -135,14 +206,15 @@ def drop_first_turn(prompt: Sequence[Message]) -> list[Message]:
 
 def _fit(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answers: list[str], max_seq_len: int
-) -> tuple[list[tuple[list[int], list[bool]]], list[str]]:
-    """(ids and mask of prompt + each answer, reasons) after as many turns are dropped as it takes, or can be."""
+) -> tuple[list[tuple[list[int], list[bool]]], list[Message], list[str]]:
+    """(ids and mask of prompt + each answer, the prompt, reasons) after as many turns are dropped as it takes, or can
+    be."""
     reasons: list[str] = []
     while True:
         encoded = encode_answers(tokenizer, prompt, answers)
         shorter = drop_first_turn(prompt)
         if max(len(ids) for ids, _ in encoded) <= max_seq_len or not shorter:
-            return encoded, reasons
+            return encoded, prompt, reasons
         prompt, reasons = shorter, [SHORTENED]
 
 
@@ -180,8 +252,8 @@ def _tokenize(
         table = run()
     except OSError:  # a cached file was cut short: build it again
         table = run(load_from_cache_file=False)
-    counter = Counter(reason for reasons in table["reasons"][:] for reason in reasons)
-    keep = np.asarray(table["keep"][:], dtype=bool)
+    counter = count_values(pyarrow.compute.list_flatten(table.data.column("reasons")))
+    keep = table.data.column("keep").to_numpy()
     if not keep.any():
         raise UserError(
             f"no example is left after tokenizing ({_told(counter)}); raise the length limit or use other data"

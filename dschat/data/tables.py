@@ -5,6 +5,7 @@ the bytes and of the version of this code), so that a changed file is never take
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ from dschat.errors import UserError
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute
 
-READING_VERSION = "2"  # change it with anything in records, readers, registry or here that changes an example
+READING_VERSION = "3"  # change it with anything in records, readers, registry or here that changes an example
 EVAL_SPLITS = ("test", "validation", "eval", "dev")
 FEATURES = datasets.Features(
     {
@@ -33,14 +36,17 @@ FEATURES = datasets.Features(
         "metadata": datasets.Value("string"),
         "source": datasets.Value("string"),
         "num_ranks": datasets.Value("int32"),  # different ranks; 0 prompt only, 1 demonstrations
+        "best_rank": datasets.Value("int32"),  # 0 prompt only, 2 a lone bad answer, else 1
         "dropped": datasets.Value("string"),  # "" or the reason, in plain words
     }
 )
 STAGE_NEEDS = {
-    "sft": (1, "no response", "a response to each prompt"),
-    "preference": (2, "no preference between responses", "a chosen and a rejected response to each prompt"),
-    "prompt": (0, "", "a prompt in each record"),
+    "sft": ("no response", "a response to each prompt"),
+    "preference": ("no preference between responses", "a chosen and a rejected response to each prompt"),
+    "feedback": ("no response", "a response to each prompt, with a label or a rank"),
+    "prompt": ("", "a prompt in each record"),
 }
+OWN_STAGE = {"feedback": "preference"}  # whose share of the data it takes, where that is not its own
 
 
 class Source(NamedTuple):
@@ -57,16 +63,16 @@ def concatenated(tables: list[datasets.Dataset], stage: str, counter: Counter[st
     tables = [table for table in tables if len(table)]
     if not tables:
         reasons = "".join(f", {number} with {reason}" for reason, number in counter.items())
-        raise UserError(f"{where}: nothing left for the {stage} stage{reasons}; it needs {STAGE_NEEDS[stage][2]}")
+        raise UserError(f"{where}: nothing left for the {stage} stage{reasons}; it needs {STAGE_NEEDS[stage][1]}")
     table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-    return table.remove_columns(["num_ranks", "dropped"])
+    return table.remove_columns(["num_ranks", "best_rank", "dropped"])
 
 
 def read_source(
     path: str, part: str, stage: str, cache_dir: str, skip_bad_records: bool
 ) -> tuple[datasets.Dataset | None, Counter[str]]:
     """Every good example of one source, whatever the stage (only `toy` depends on it). None: it has no such part."""
-    source = _open_source(path, part, stage)
+    source = _open_source(path, part, OWN_STAGE.get(stage, stage))
     if source is None:
         return None, Counter()
     key = json.dumps([READING_VERSION, source.name, source.content, skip_bad_records])
@@ -76,12 +82,19 @@ def read_source(
     except OSError:  # a cached file was cut short: build it again
         shutil.rmtree(Path(cache_dir, "generator", f"default-fingerprint={fingerprint}"), ignore_errors=True)
         table = _cached_table(source, skip_bad_records, cache_dir, fingerprint)
-    reasons = np.asarray(table["dropped"][:])
-    counter = Counter(reason for reason in reasons.tolist() if reason)
-    if counter.total() == len(table):
+    dropped = table.data.column("dropped")
+    counter = count_values(dropped)
+    num_good = counter.pop("", 0)
+    if not num_good:
         told = ", ".join(f"{number} x {reason}" for reason, number in counter.items())
         raise UserError(f"{source.name}:1: none of its records can be used ({told}); mend them or leave it out")
-    return (table.select(np.flatnonzero(reasons == "")) if counter else table), counter
+    good = np.flatnonzero(pyarrow.compute.equal(dropped, "").to_numpy())
+    return (table.select(good) if counter else table), counter
+
+
+def count_values(texts: pyarrow.ChunkedArray) -> Counter[str]:
+    """How often each text occurs, in the order of their first rows. The column is read where it lies, row by row."""
+    return Counter({item["values"]: item["counts"] for item in pyarrow.compute.value_counts(texts).to_pylist()})
 
 
 def _cached_table(source: Source, skip_bad_records: bool, cache_dir: str, fingerprint: str) -> datasets.Dataset:
@@ -97,11 +110,12 @@ def _cached_table(source: Source, skip_bad_records: bool, cache_dir: str, finger
 
 def for_stage(table: datasets.Dataset, stage: str) -> tuple[datasets.Dataset, Counter[str]]:
     """The rows that a stage can use; the others are counted."""
-    least, reason, _ = STAGE_NEEDS[stage]
-    keep = np.asarray(table["num_ranks"][:]) >= least
+    num_ranks, best_rank = (table.with_format("numpy")[name][:] for name in ("num_ranks", "best_rank"))
+    usable = {"sft": best_rank == 1, "preference": num_ranks >= 2, "feedback": num_ranks >= 1}
+    keep = usable.get(stage, num_ranks >= 0)
     if keep.all():
         return table, Counter()
-    return table.select(np.flatnonzero(keep)), Counter({reason: int((~keep).sum())})
+    return table.select(np.flatnonzero(keep)), Counter({STAGE_NEEDS[stage][0]: int((~keep).sum())})
 
 
 def weighted(table: datasets.Dataset, weight: float, seed: int) -> datasets.Dataset:
@@ -131,14 +145,15 @@ def _rows(source: Source, skip_bad_records: bool) -> Iterator[dict]:
                 raise UserError(f"{location}: {error} (or drop such records: --skip_bad_records)") from None
             yield _row(source.name, dropped="bad record")
             continue
-        yield _row(source.name) | dict(example) | {"num_ranks": len(set(example["ranks"]))}
+        ranks = {"num_ranks": len(set(example["ranks"])), "best_rank": min(example["ranks"], default=0)}
+        yield _row(source.name) | dict(example) | ranks
     if empty:
         raise UserError(f"{source.name}:1: no records, the file is empty; fill it or leave it out")
 
 
 def _row(name: str, dropped: str = "") -> dict:
     empty: dict = {"prompt": [], "responses": [], "ranks": [], "margin": None, "metadata": ""}
-    return {**empty, "source": name, "num_ranks": 0, "dropped": dropped}
+    return {**empty, "source": name, "num_ranks": 0, "best_rank": 0, "dropped": dropped}
 
 
 def _open_source(path: str, part: str, stage: str) -> Source | None:
@@ -163,17 +178,15 @@ def _open_source(path: str, part: str, stage: str) -> Source | None:
 
 
 def _toy(stage: str, part: str) -> Source:
-    from dschat.data import toy  # only those who ask for the embedded task pay for making it
+    from dschat.data import toy, toy_facts  # only those who ask for the embedded task pay for making it
 
-    digest = hashlib.sha256()
-    for record in toy.records(stage, part):
-        digest.update(json.dumps(record, sort_keys=True).encode())
+    code = _sha256([Path(inspect.getfile(module)) for module in (toy, toy_facts)])  # the records are a function of it
 
     def read() -> Iterator[Located]:
         for number, record in enumerate(toy.records(stage, part), 1):
             yield f"toy:{number}", record
 
-    return Source("toy", digest.hexdigest(), read, dict)
+    return Source("toy", f"{code} {stage} {part}", read, dict)
 
 
 def _saved_to_disk(folder: Path, splits: tuple[str, ...], part: str, to_record: registry.ToRecord) -> Source | None:

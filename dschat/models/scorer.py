@@ -113,8 +113,8 @@ class Probes:
     scores: torch.Tensor  # (N,) in the model's precision
 
 
-def make_probes(scorer: Scorer, pairs: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Probes:
-    """The chosen and the rejected answers of the first ``NUM_PROBE_PAIRS`` of ``pairs``, scored by ``scorer``.
+def make_probes(scorer: Scorer, rankings: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Probes:
+    """The best and the worst answers of the first ``NUM_PROBE_PAIRS`` of ``rankings``, scored by ``scorer``.
 
     The rows of step 2 hold token ids only. A probe's text is what they decode to, its prompt one user message: it need
     not read well, it has to come out of template and tokenizer as the same ids again. Where a context is as short as
@@ -122,19 +122,19 @@ def make_probes(scorer: Scorer, pairs: Iterable[dict[str, Any]], tokenizer: PreT
 
     Args:
         scorer: the whole model, with mean 0 and std 1.
-        pairs: rows with ``chosen_ids``, ``rejected_ids`` and ``prompt_len``.
+        rankings: rows of step 2, with ``input_ids``, the best first, and ``prompt_len``.
     """
     dialogues, rows = [], []
-    for _, pair in zip(range(NUM_PROBE_PAIRS), pairs, strict=False):
-        for ids in (pair["chosen_ids"], pair["rejected_ids"]):
-            cut = pair["prompt_len"]
+    for _, row in zip(range(NUM_PROBE_PAIRS), rankings, strict=False):
+        for ids in (row["input_ids"][0], row["input_ids"][-1]):
+            cut = row["prompt_len"]
             parts = [ids[max(0, cut - PROBE_TOKENS) : cut], ids[cut : cut + PROBE_TOKENS]]
             prompt, response = (text.strip() for text in tokenizer.batch_decode(parts, skip_special_tokens=True))
             dialogue = {"messages": [{"role": "user", "content": prompt}], "response": response}
-            [row] = _probe_rows(tokenizer, [dialogue])
-            if _fits(row, scorer):
+            [probe] = _probe_rows(tokenizer, [dialogue])
+            if _fits(probe, scorer):
                 dialogues.append(dialogue)
-                rows.append(row)
+                rows.append(probe)
     return Probes(dialogues, _scores(scorer, rows, tokenizer).to(scorer.model.dtype))
 
 

@@ -1,7 +1,8 @@
 """What a whole run came to: the numbers of summary.json and the tables a person reads, from the records of its stages.
 
 Every comparison is between answers to the same held-out prompts: the policy's before PPO (it is then the model of
-step 1), the best of n samples of that policy by the reward model, and the policy's after PPO.
+step 1), the best of n samples of that policy by the reward model, and the policy's after PPO; or the models of step 1
+and of DPO.
 """
 
 import json
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dschat.report.progress import table
+from dschat.report.reward_quality import weakness
 from dschat.report.samples import short, shown_score
 from dschat.report.statistics import wilson_interval
 
-SFT, PPO = "sft", "ppo"
-LABELS = {SFT: "SFT", "reward": "reward model", PPO: "PPO", "total": "in all"}
+SFT, PPO, DPO = "sft", "ppo", "dpo"
+LABELS = {SFT: "SFT", "reward": "reward model", PPO: "PPO", DPO: "DPO", "answers": "answers", "total": "in all"}
 
 
 class Verdict(Protocol):
@@ -38,18 +40,19 @@ class Graded:
     correct: list[bool] | None  # what the judge says; None without a judge
 
 
-def read_run(directory: Path) -> dict[str, Any]:
+def read_run(directory: Path, name: str = "run.json") -> dict[str, Any]:
     """The record that a finished stage leaves in its output directory."""
-    return json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    return json.loads((directory / name).read_text(encoding="utf-8"))
 
 
-def read_answers(samples: Path) -> dict[str, list[dict[str, Any]]]:
+def read_answers(ppo_directory: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of samples.jsonl by policy: "sft" (step 0), "best_of_8" (or of another number; may lack), "ppo" (last).
 
     Raises:
         ValueError: the file holds one evaluation only, or the policies were asked different prompts.
     """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    samples = ppo_directory / "samples.jsonl"
     with open(samples, encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
@@ -62,6 +65,16 @@ def read_answers(samples: Path) -> dict[str, list[dict[str, Any]]]:
     if last == 0 or any(other != prompts[0] for other in prompts):
         raise ValueError(f"{samples}: expected answers to the same prompts before and after training")
     return answers
+
+
+def read_side_by_side(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of answers.jsonl of prompt_eval.py, which was given the model of step 1 and that of DPO, by policy."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    with open(directory / "answers.jsonl", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            groups.setdefault(row["model"], []).append(row)
+    return dict(zip((SFT, DPO), groups.values(), strict=True))
 
 
 def grade(rows: list[dict[str, Any]], judge: Judge | None) -> Graded:
@@ -81,58 +94,84 @@ def win_rate(scores: Sequence[float | None], baseline: Sequence[float | None]) -
 
 
 def summarize(
-    graded: dict[str, Graded], reward_run: dict, ppo_run: dict, seconds: dict[str, float], peak_rss_gb: float
+    graded: dict[str, Graded],
+    runs: dict[str, dict],
+    quality: dict | None,
+    seconds: dict[str, float],
+    peak_rss_gb: float,
 ) -> dict[str, Any]:
     """The content of summary.json (DESIGN, section 6). "judge" only where there is one; without it the win rate goes
-    by the reward model, which PPO was trained to please, and says so."""
-    reward, ppo = reward_run["metrics"], ppo_run["metrics"]
-    accuracy = _share(reward["eval/accuracy"], (reward["eval/accuracy_low"], reward["eval/accuracy_high"]))
-    summary: dict[str, Any] = {
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "reward_accuracy": accuracy | {"num_pairs": int(reward["eval/num_pairs"])},
-    }
+    by the reward model, which PPO was trained to please, and says so; where there is neither, it is left out.
+
+    Args:
+        graded: the policies, that of step 1 first, the trained one last.
+        runs: the records of the stages, by name ("sft", "reward", "ppo", "dpo").
+        quality: what `dschat.report.reward_quality` says of the reward model; None without a reward model.
+    """
+    trained = list(graded)[-1]
+    summary: dict[str, Any] = {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    for name in ("reward", "dpo"):
+        if name in runs:
+            metrics = runs[name]["metrics"]
+            accuracy = _share(metrics["eval/accuracy"], (metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]))
+            summary[f"{name}_accuracy"] = accuracy | {"num_pairs": int(metrics["eval/num_pairs"])}
+    if quality is not None:
+        summary["reward_quality"] = {
+            "weakness": weakness(quality),
+            "length_only_accuracy": round(quality["baselines"]["length"]["accuracy"], 4),
+            "ece": round(quality["calibration"]["ece"], 4),
+        }
     judged = {
         name: {"mean": round(_mean(policy.scores), 4), "correct": round(_mean(policy.correct), 4)}
         for name, policy in graded.items()
         if policy.correct is not None
     }
-    by = {} if judged else {"by": "reward_model"}
-    return (
-        summary
-        | ({"judge": judged} if judged else {})
-        | {"win_rate": {"ppo_vs_sft": win_rate(graded[PPO].scores, graded[SFT].scores) | by}}
-        | {"kl_per_seq": round(ppo["eval/kl_per_seq"], 4), "peak_rss_gb": round(peak_rss_gb, 3)}
-    )
+    won = win_rate(graded[trained].scores, graded[SFT].scores)
+    summary |= {"judge": judged} if judged else {}
+    if won["num_prompts"]:
+        summary["win_rate"] = {f"{trained}_vs_sft": won | ({} if judged else {"by": "reward_model"})}
+    if PPO in runs:
+        summary["kl_per_seq"] = round(runs[PPO]["metrics"]["eval/kl_per_seq"], 4)
+    return summary | {"peak_rss_gb": round(peak_rss_gb, 3)}
 
 
 def results_table(summary: dict[str, Any], graded: dict[str, Graded]) -> str:
     """What a person reads at the end: the policies side by side, then the stages."""
-    has_judge = "judge" in summary
-    by_judge = ["judge", "correct"] if has_judge else []
-    header = ["held-out answers", *by_judge, "reward model", "better than SFT (95 %)"]
+    has_judge, has_reward = "judge" in summary, "reward_accuracy" in summary
+    header = ["held-out answers", *(["judge", "correct"] if has_judge else []), *(["reward model"] * has_reward)]
     policies = []
     for name, policy in graded.items():
         cells = [f"{_mean(policy.scores):.2f}", f"{_mean(policy.correct):.0%}"] if policy.correct is not None else []
-        wins = "" if name == SFT else _interval(win_rate(policy.scores, graded[SFT].scores))
-        reward = f"{_mean([row['score'] for row in policy.rows]):+.2f}"
-        policies.append([LABELS.get(name, f"{name.replace('_', ' ')} by the reward model"), *cells, reward, wins])
-    accuracy = summary["reward_accuracy"]
-    run = [
-        [f"reward model: accuracy on {accuracy['num_pairs']} held-out pairs (95 %)", _interval(accuracy)],
-        ["PPO: KL to SFT, in nats a sequence", f"{summary['kl_per_seq']:.2f}"],
-        *([f"{LABELS.get(name, name)}: seconds", f"{value:.0f}"] for name, value in summary["seconds"].items()),
-        ["peak memory of one process, in GB", f"{summary['peak_rss_gb']:.1f}"],
-    ]
-    by = "" if has_judge else "\n(no judge for this task: better means a higher score of the reward model)"
-    return table(header, policies) + by + "\n\n" + table(["the run", ""], run)
+        cells += [f"{_mean([row['score'] for row in policy.rows]):+.2f}"] * has_reward
+        won = win_rate(policy.scores, graded[SFT].scores)
+        cells += [_interval(won)] if name != SFT and won["num_prompts"] else [""]
+        policies.append([LABELS.get(name, f"{name.replace('_', ' ')} by the reward model"), *cells])
+    run = []
+    if has_reward:
+        accuracy = summary["reward_accuracy"]
+        run += [[f"reward model: accuracy on {accuracy['num_pairs']} held-out pairs (95 %)", _interval(accuracy)]]
+    if "reward_quality" in summary:
+        by_length = summary["reward_quality"]["length_only_accuracy"]
+        run += [["reward model: accuracy that the lengths alone reach", f"{by_length:.2f}"]]
+    if "dpo_accuracy" in summary:
+        accuracy = summary["dpo_accuracy"]
+        run += [[f"DPO: accuracy on {accuracy['num_pairs']} held-out pairs (95 %)", _interval(accuracy)]]
+    if "kl_per_seq" in summary:
+        run += [["PPO: KL to SFT, in nats a sequence", f"{summary['kl_per_seq']:.2f}"]]
+    run += [[f"{LABELS.get(name, name)}: seconds", f"{value:.0f}"] for name, value in summary["seconds"].items()]
+    run += [["peak memory of one process, in GB", f"{summary['peak_rss_gb']:.1f}"]]
+    by = "\n(no judge for this task: better means a higher score of the reward model)" if has_reward else ""
+    by = "" if has_judge else by or "\n(no judge and no reward model for this task: read the answers)"
+    return table([*header, "better than SFT (95 %)"], policies) + by + "\n\n" + table(["the run", ""], run)
 
 
 def before_and_after(graded: dict[str, Graded], count: int = 5) -> str:
-    """The first held-out prompts with what the policy answered before PPO and after it, each with its score."""
-    lines = [f"The first {min(count, len(graded[SFT].rows))} held-out prompts (not the best), before and after PPO:"]
+    """The first held-out prompts with what the policy answered before training and after it, each with its score."""
+    trained = list(graded)[-1]
+    lines = [f"The first {min(count, len(graded[SFT].rows))} held-out prompts (not the best), before and after:"]
     for i, row in enumerate(graded[SFT].rows[:count]):
         lines += ["", short(row["prompt"])]
-        for name in (SFT, PPO):
+        for name in (SFT, trained):
             score, response = graded[name].scores[i], graded[name].rows[i]["response"]
             lines.append(f"  {LABELS[name]} [{shown_score(score)}] {short(response)}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """From flags to the models and the rewards of a run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dschat.data.tokenizer import load_tokenizer
@@ -9,6 +10,7 @@ from dschat.engine.distributed import Runtime
 from dschat.engine.ema import EMA
 from dschat.errors import UserError
 from dschat.models.load import load_trained_scorer
+from dschat.report.reward_quality import QUALITY_FOLDER, read_quality, weakness
 from dschat.rlhf.reward_api import ApiReward
 from dschat.rlhf.reward_lora import LoraReward
 from dschat.rlhf.reward_sources import FullReward, FunctionReward
@@ -69,6 +71,28 @@ def create_models(
         engine.ema = EMA(engine.actor, spec.ema_decay)
     weights = [reward.weight for reward in spec.rewards]
     return engine, CombinedReward(list(zip(sources, weights, strict=True)))
+
+
+def check_quality(rewards: tuple[RewardSpec, ...], allow_weak: bool) -> list[str]:
+    """A line on each reward model, from the report that step 2 left in its directory.
+
+    Raises:
+        UserError: a model that its report calls weak, unless ``allow_weak``; a damaged report.
+    """
+    lines = []
+    for path in (reward.target for reward in rewards if reward.kind in ("full", "lora")):
+        quality = read_quality(str(Path(path) / QUALITY_FOLDER))
+        if quality is None:
+            lines.append(f"{path}: nothing is known of its quality; rw_eval.py of step 2 measures it")
+            continue
+        reason = weakness(quality)
+        if reason and not allow_weak:
+            mend = "train a better one, or pass --allow_weak_reward_model"
+            raise UserError(f"{path} is too weak a reward model for PPO: {reason}; {mend}")
+        low, high = quality["ci95"]
+        known = f"accuracy {quality['accuracy']:.2f} (95 %: {low:.2f} to {high:.2f})"
+        lines.append(f"{path}: {known}" + (f"; weak, and used all the same: {reason}" if reason else ""))
+    return lines
 
 
 def create_source(

@@ -47,6 +47,7 @@ class RewardFlags:
     reward_api_timeout: float = flag(60.0, "seconds that one request to an api reward may take")
     reward_api_retries: int = flag(5, "tries after a failed request to an api reward, with growing pauses")
     normalize_reward: bool = flag(True, "a model's scores to mean 0 and std 1 by the statistics of step 2")
+    allow_weak_reward_model: bool = flag(False, "use a reward model that its own quality report calls weak")
     clip_reward_value: float = flag(5.0, "scores are clipped to ± this after normalisation; 0: never")
     missing_eos: str = flag(
         "subtract",

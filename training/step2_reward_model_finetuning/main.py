@@ -4,8 +4,9 @@
         --output_dir output/reward
 
 Several ranks: the same after `deepspeed` or `torchrun`. One score per dialogue, read at its last real token, the end
-token; the loss is -log sigmoid(chosen - rejected) (Ouyang et al. 2022, eq. 1), the mean over the pairs of the whole
-optimizer step.
+token. All ranked answers to a prompt are one element of a batch; the loss is -log sigmoid(better - worse), the mean
+over the pairs of a prompt, then over the prompts of the whole optimizer step (Ouyang et al. 2022, eq. 1). At the end
+stands a report on whether the model may be trusted; step 3 refuses one that may not.
 """
 
 import math
@@ -14,48 +15,76 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
-from dschat.data.loader import collate_preferences, epoch_batches
+from dschat.data.loader import Batch, collate_rankings
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
-from dschat.engine.distributed import (
-    Runtime,
-    all_reduce_sum,
-    gather_rows,
-    init_runtime,
-    main_process_first,
-)
+from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, SupervisedFlags
-from dschat.functional import pairwise_ranking_loss
+from dschat.functional import listwise_ranking_loss
 from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
-from dschat.models.scorer import Scorer, last_token_values, make_probes, save_score_stats
+from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
+from dschat.models.scorer import Scorer, make_probes, save_score_stats
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
-from dschat.report.statistics import wilson_interval
+from dschat.report.reward_quality import (
+    QUALITY_FOLDER,
+    pairs_of_rankings,
+    quality_tables,
+    reward_quality,
+    write_quality,
+)
+from dschat.rlhf.reward_report import CurveSpec, report_quality
 
 import deepspeed
+import numpy as np
 import torch
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
 class Config(SupervisedFlags):
+    label_smoothing: float = flag(0.0, "probability that a preference label is wrong, as the loss takes it")
+    center_rewards_coefficient: float = flag(0.0, "of (better + worse)^2 in the loss, which keeps scores around 0")
+    judge: str | None = flag(
+        None,
+        "toy, function:FILE.py:NAME, api:URL or full:PATH: judges answers of the start model for a best-of-n curve",
+    )
+    judge_samples: int = flag(8, "answers to a prompt for that curve")
+    judge_max_new_tokens: int = flag(128, "tokens of such an answer at most")
     lora_dim: int = flag(0, "train adapters of this rank and the head, on a frozen trunk; 0: the whole model")
     lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
     lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_not_negative(self, "lora_dim")
+        require_not_negative(self, "lora_dim", "center_rewards_coefficient")
+        require_positive(self, "judge_samples", "judge_max_new_tokens")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: expected at least 0 and below 0.5")
+        if not self.judge and (self.judge_samples, self.judge_max_new_tokens) != (8, 128):
+            raise UserError("--judge_samples and --judge_max_new_tokens need --judge")
+        if self.judge and self.model_name_or_path == "toy":
+            raise UserError("--judge needs answers of a trained model, which toy is not; give the directory of step 1")
         if self.lora_alpha is not None:
             require_positive(self, "lora_alpha")
         if not self.lora_dim and (self.lora_alpha is not None or self.lora_module_name != "auto"):
             raise UserError("--lora_alpha and --lora_module_name need --lora_dim above 0")
         if self.lora_dim and self.model_name_or_path == "toy":
             raise UserError("--lora_dim needs a trained trunk, which toy is not; give the directory of step 1")
+
+    def curve_spec(self) -> CurveSpec | None:
+        if self.judge is None:
+            return None
+        return CurveSpec(
+            policy_path=self.model_name_or_path,
+            judge=self.judge,
+            num_samples=self.judge_samples,
+            max_new_tokens=self.judge_max_new_tokens,
+            batch_size=self.per_device_eval_batch_size,
+            seed=self.seed,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,12 +97,14 @@ def main(argv: list[str] | None = None) -> None:
     other_kind = Path(config.output_dir) / ("config.json" if config.lora_dim else "adapter_config.json")
     if other_kind.exists():
         raise UserError(f"{other_kind}: a model of another kind is here; choose another --output_dir, or empty it")
+    if runtime.is_main:  # of an earlier run: step 3 must not take it for this model's
+        (Path(config.output_dir) / QUALITY_FOLDER / "quality.json").unlink(missing_ok=True)
 
     # Data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with main_process_first(runtime):
-        data = load_rows(config.data_spec(config.seed), "preference", tokenizer, config.max_seq_len)
-    console.print(data.summary("pairs"))
+        data = load_rows(config.data_spec(config.seed), "ranking", tokenizer, config.max_seq_len)
+    console.print(data.summary("ranked prompts"))
     train_batches = training_batches(
         len(data.train),
         config.per_device_train_batch_size,
@@ -83,13 +114,11 @@ def main(argv: list[str] | None = None) -> None:
         config.num_train_epochs,
         config.max_steps,
     )
-    eval_batches = epoch_batches(
-        len(data.eval), config.per_device_eval_batch_size, 1, *runtime.place, seed=0, epoch=0, shuffle=False
-    )
+    facts = ranking_facts(data.eval)
 
     def collate(rows, micro_batch) -> Batch:
-        pairs = [rows[i] for i in micro_batch.indices]
-        batch = collate_preferences(pairs, micro_batch.num_real, tokenizer.pad_token_id)
+        ranked = [rows[i] for i in micro_batch.indices]
+        batch = collate_rankings(ranked, micro_batch.num_real, tokenizer.pad_token_id)
         return {name: tensor.to(runtime.device) for name, tensor in batch.items()}
 
     if config.show_batch:
@@ -111,14 +140,16 @@ def main(argv: list[str] | None = None) -> None:
     # Train
     metrics = MetricsWriter(config.output_dir, "reward", runtime.is_main)
 
-    def evaluate_and_log(step: int) -> torch.Tensor:
-        batches = (collate(data.eval, micro_batch) for (micro_batch,) in eval_batches)
-        values, scores = evaluate(engine, console.track(batches, len(eval_batches), "evaluate"), runtime)
+    def evaluate_and_log(step: int) -> np.ndarray:
+        batch_size = config.per_device_eval_batch_size
+        scores = score_rankings(engine, data.eval, batch_size, tokenizer.pad_token_id, runtime, console)
+        quality = reward_quality(pairs_of_rankings(facts, scores))
+        values = accuracy_metrics(quality)
         metrics.log(step, values)
         interval = f"{values['eval/accuracy_low']:.3f} to {values['eval/accuracy_high']:.3f}"
         console.print(
             f"step {step}: accuracy {values['eval/accuracy']:.3f} (95 %: {interval}) on "
-            f"{values['eval/num_pairs']} held-out pairs, margin {values['eval/margin']:.3f}"
+            f"{values['eval/num_pairs']:.0f} held-out pairs, margin {values['eval/margin']:.3f}"
         )
         return scores
 
@@ -128,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
             step_start = time.time()
             batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
             rate = learning_rate(engine)
-            stats, num_pairs = train_step(engine, batches, runtime)
+            options = {"label_smoothing": config.label_smoothing, "center_coef": config.center_rewards_coefficient}
+            stats, num_pairs = train_step(engine, batches, options, runtime)
             if step % config.log_interval == 0 or step == len(train_batches):
                 line = stats | {"lr": rate, "grad_norm": grad_norm(engine)}
                 metrics.log(step, line | {"perf/pairs_per_s": num_pairs / (time.time() - step_start)})
@@ -136,10 +168,17 @@ def main(argv: list[str] | None = None) -> None:
             bar.update()
             if step == len(train_batches) or (config.eval_interval and step % config.eval_interval == 0):
                 scores = evaluate_and_log(step)
-    mean, std = scores.mean().item(), scores.std(correction=0).item()
+    given = scores[np.isfinite(scores)]
+    mean, std = float(given.mean()), float(given.std())
     metrics.log(len(train_batches), {"eval/score_mean": mean, "eval/score_std": std})
-    for row, name in enumerate(("chosen", "rejected")):
-        metrics.histogram(len(train_batches), f"eval/{name}_scores", scores[row].cpu())
+    pairs = pairs_of_rankings(facts, scores)
+    metrics.histogram(len(train_batches), "eval/chosen_scores", pairs.chosen)
+    metrics.histogram(len(train_batches), "eval/rejected_scores", pairs.rejected)
+
+    # Report
+    place = {"dtype": dtype, "device": runtime.device}
+    quality = report_quality(engine, tokenizer, data.eval, scores, config.curve_spec(), **place)
+    console.print(quality_tables(quality))
 
     # Save
     def save(whole) -> None:
@@ -151,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
 
     save_weights(engine, save, runtime)
     if runtime.is_main:
+        write_quality(quality, str(Path(config.output_dir) / QUALITY_FOLDER))
         write_run_json(
             config.output_dir,
             role=REWARD,
@@ -163,54 +203,34 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"saved to {config.output_dir}")
 
 
-def pair_scores(engine: deepspeed.DeepSpeedEngine, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,), (B,): the scores of the chosen and of the rejected dialogues, from one forward."""
-    values = engine(batch["input_ids"], batch["attention_mask"])
-    chosen, rejected = last_token_values(values, batch["attention_mask"]).chunk(2)
-    return chosen, rejected
+def accuracy_metrics(quality: dict) -> dict[str, float]:
+    """The figures of a `reward_quality` that go into metrics.jsonl."""
+    low, high = quality["ci95"]
+    names = {"eval/accuracy": quality["accuracy"], "eval/accuracy_low": low, "eval/accuracy_high": high}
+    margin = quality["margin"] if quality["margin"] is not None else math.nan
+    return names | {"eval/margin": margin, "eval/num_pairs": quality["num_pairs"]}
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], runtime: Runtime
+    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], options: dict[str, float], runtime: Runtime
 ) -> tuple[dict[str, float], float]:
     """One optimizer step over this rank's micro-batches; loss and accuracy, and the number of pairs, of all ranks."""
     engine.train()
-    num_pairs = all_reduce_sum(torch.stack([batch["pair_mask"].sum() for batch in batches]).sum(), runtime).item()
+    num_prompts = torch.stack([batch["ranks"].any(dim=1).sum() for batch in batches]).sum()
+    num_prompts = all_reduce_sum(num_prompts, runtime).item()
     sums = []
     for batch in batches:
-        real = batch["pair_mask"]
-        chosen, rejected = pair_scores(engine, batch)
-        loss, stats = pairwise_ranking_loss(chosen[real], rejected[real], batch["margin"][real], denominator=num_pairs)
+        scores = ranking_scores(engine, batch)
+        loss, stats = listwise_ranking_loss(
+            scores, batch["ranks"], batch["margin"], **options, denominator=num_prompts
+        )
         backward(engine, loss)
-        sums.append(torch.stack([loss.detach(), stats["accuracy"] * real.sum() / num_pairs]))
-    loss_value, accuracy = all_reduce_sum(torch.stack(sums).sum(0), runtime).tolist()
+        sums.append(torch.stack([loss.detach(), stats["accuracy"] * stats["num_pairs"], stats["num_pairs"]]))
+    loss_value, num_correct, num_pairs = all_reduce_sum(torch.stack(sums).sum(0), runtime).tolist()
     if not math.isfinite(loss_value):
         raise RuntimeError(f"the loss is {loss_value}; lower --learning_rate, or use --dtype bf16 or fp32")
     engine.step()
-    return {"loss": loss_value, "accuracy": accuracy}, num_pairs
-
-
-@torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, batches, runtime: Runtime) -> tuple[dict[str, float], torch.Tensor]:
-    """Accuracy over the whole held-out set (a tie counts half), and its scores (2, N), chosen above rejected."""
-    engine.eval()
-    scores = []
-    for batch in batches:
-        rows = torch.stack([*pair_scores(engine, batch), batch["pair_mask"].float()], dim=1)
-        everyone = gather_rows(rows, runtime)
-        scores.append(everyone[everyone[:, 2] > 0, :2].T)
-    both = torch.cat(scores, dim=1).double()
-    chosen, rejected = both
-    num_pairs = len(chosen)
-    correct = (chosen > rejected).sum().item() + (chosen == rejected).sum().item() / 2
-    low, high = wilson_interval(correct, num_pairs)
-    return {
-        "eval/accuracy": correct / num_pairs,
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
-        "eval/margin": (chosen - rejected).mean().item(),
-        "eval/num_pairs": num_pairs,
-    }, both
+    return {"loss": loss_value, "accuracy": num_correct / num_pairs}, num_pairs
 
 
 if __name__ == "__main__":

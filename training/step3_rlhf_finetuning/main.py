@@ -28,7 +28,7 @@ from dschat.models.scorer import save_score_stats
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.samples import SampleWriter
-from dschat.rlhf.build import create_models
+from dschat.rlhf.build import check_quality, create_models
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
 from dschat.rlhf.evaluate import BestSoFar, best_of_n, evaluate_policy, held_out_prompts
 from dschat.rlhf.experience import add_advantages, experience_metrics
@@ -86,9 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     ptx = demonstrations(ptx_rows, update.minibatch_size, update.micro_batch_size, tokenizer, config.seed, runtime)
 
     # Model
-    engine, rewards = create_models(
-        config.models_spec(num_rollouts, num_updates), tokenizer, dtype=dtype, runtime=runtime
-    )
+    spec = config.models_spec(num_rollouts, num_updates)
+    for line in check_quality(spec.rewards, config.allow_weak_reward_model):
+        console.print(line)
+    engine, rewards = create_models(spec, tokenizer, dtype=dtype, runtime=runtime)
     console.print(rewards.summary())
     longest = config.max_prompt_seq_len + config.max_answer_seq_len
     check_context(engine.family.config, longest, "--max_prompt_seq_len + --max_answer_seq_len")
