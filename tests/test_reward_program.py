@@ -238,7 +238,8 @@ def length_baseline(accuracy: float) -> dict:
 
 def step_3(reward_dir, base, data_file, cache_dir, output, **flags):
     models = {"actor_model_name_or_path": base, "critic_model_name_or_path": str(reward_dir)}
-    programs.run("ppo", data_file, cache_dir, output, **(models | {"max_steps": 1, "allow_weak_reward_model": False} | flags))
+    given = models | {"max_steps": 1, "allow_weak_reward_model": False} | flags
+    programs.run("ppo", data_file, cache_dir, output, **given)
 
 
 def test_step_3_refuses_a_weak_reward_model_unless_told(

@@ -1,0 +1,91 @@
+"""What a policy and its reference say of the answers of a data set, in nats: what DPO and its relatives train on."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dschat.data.loader import Batch
+from dschat.engine.distributed import Runtime, all_reduce_sum, gather_rows
+from dschat.functional import sequence_logprobs, token_logprobs
+from dschat.models.forward import response_logits
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class AnswerLogprobs:
+    """B rows of two answers: chosen and rejected; for KTO the row's own and the mismatched one that z0 needs."""
+
+    logps: Tensor  # (B, 2) float32: summed over the tokens of the answer, under the policy
+    lengths: Tensor  # (B, 2) tokens
+    row_mask: Tensor  # (B,) bool: False where a row only fills up a batch
+    ref_logps: Tensor | None  # (B, 2) under the reference; None where the loss has none
+    good: Tensor | None  # (B,) bool, for KTO: what was said of the row's own answer
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "AnswerLogprobs":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return AnswerLogprobs(**changed)
+
+    def real(self) -> "AnswerLogprobs":
+        """Without the rows that only fill up."""
+        return self.each(lambda values: values[self.row_mask])
+
+
+def score_answers(
+    model: nn.Module, family: PreTrainedModel, batch: Batch, mismatched: Tensor | None = None
+) -> AnswerLogprobs:
+    """One forward over a batch of `dschat.data.collate_answers`, with `ref_logps` (B, 2) in it where there are any.
+
+    ``mismatched`` (B,): log-probabilities of the second half that are known already; then only the first half is run.
+    """
+    if mismatched is None:
+        logps = _sequence_logps(model, family, batch).view(2, -1).T
+    else:
+        logps = torch.stack([_sequence_logps(model, family, _half(batch, 0)), mismatched], dim=1)
+    lengths = batch["response_mask"].sum(1).view(2, -1).T
+    return AnswerLogprobs(logps, lengths, batch["row_mask"], batch.get("ref_logps"), batch.get("good"))
+
+
+@torch.no_grad()
+def gather_answers(parts: Sequence[AnswerLogprobs], runtime: Runtime) -> AnswerLogprobs:
+    """The real rows of all micro-batches and ranks, in the order of the global batches, without gradients.
+
+    A collective: every rank must bring as many rows.
+    """
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(AnswerLogprobs)}
+    whole: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
+    return AnswerLogprobs(**whole).each(lambda values: gather_rows(values.detach(), runtime)).real()
+
+
+@torch.no_grad()
+def mismatched_logps(
+    engine: deepspeed.DeepSpeedEngine, family: PreTrainedModel, batches: Sequence[Batch], runtime: Runtime
+) -> tuple[list[Tensor], Tensor]:
+    """(B,) for each batch: the policy's log-probabilities of the mismatched answers, without dropout; and the mean of
+    policy - reference over them, a scalar over all batches and ranks: KTO's estimate of the KL (Ethayarajh et al.
+    2024, there over a micro-batch). Leaves the engine in eval mode."""
+    engine.eval()
+    logps = [_sequence_logps(engine, family, _half(batch, 1)) for batch in batches]
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for values, batch in zip(logps, batches, strict=True):
+        log_ratio = (values - batch["ref_logps"][:, 1])[batch["row_mask"]]
+        sums += torch.stack([log_ratio.double().sum(), batch["row_mask"].sum()])
+    total, num_rows = all_reduce_sum(sums, runtime)
+    return logps, (total / num_rows).float()
+
+
+def _half(batch: Batch, number: int) -> Batch:
+    return {name: batch[name].chunk(2)[number] for name in ("input_ids", "attention_mask", "response_mask")}
+
+
+def _sequence_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
+    """(M,): the log-probability of each sequence's answer, 0 where its response_mask is empty."""
+    response_mask = batch["response_mask"]
+    size = response_mask.shape[1]
+    logits = response_logits(model, family, batch["input_ids"], batch["attention_mask"], size)
+    return sequence_logprobs(token_logprobs(logits, batch["input_ids"][:, -size:]), response_mask)
