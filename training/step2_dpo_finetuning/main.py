@@ -1,0 +1,211 @@
+"""Step 2 without a reward model: the policy learns from preferences directly, by DPO and its relatives.
+
+    python training/step2_dpo_finetuning/main.py --model_name_or_path output/sft --data_path toy \\
+        --output_dir output/dpo
+
+Several ranks: the same after `deepspeed` or `torchrun`. The default loss is -log sigmoid(beta h), h by how much more
+than the reference the policy prefers the chosen answer (Rafailov et al. 2023, eq. 7), the mean over the pairs of the
+whole optimizer step. The reference is the model before training; it is asked once, before the first step.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
+from dschat.data.prepare import load_rows, training_batches
+from dschat.data.show import show_batch
+from dschat.data.tokenizer import load_tokenizer
+from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
+from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.errors import UserError, run_program
+from dschat.flags import REMOVED, SupervisedFlags
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
+from dschat.report.progress import Console
+from dschat.report.statistics import wilson_interval
+from dschat.rlhf.answer_logprobs import gather_answers, mismatched_logps, score_answers
+from dschat.rlhf.answer_rows import AnswerRows
+from dschat.rlhf.preference_objective import CONSTANTS, Objective
+from dschat.rlhf.reference_logprobs import reference_logprobs, weights_hash, with_frozen_model
+
+import deepspeed
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class Config(SupervisedFlags):
+    loss_type: str = flag("sigmoid", "sigmoid is DPO; kto takes single good and bad answers", choices=tuple(CONSTANTS))
+    beta: float | None = flag(None, "strength of the tie to the reference; default: 0.1; simpo 2.0, of the reward")
+    label_smoothing: float = flag(0.0, "sigmoid, ipo, hinge, simpo: probability that a label is wrong")
+    sft_coef: float = flag(0.0, "the same losses: adds so much of the chosen answer's -logp per token")
+    simpo_gamma: float | None = flag(None, "simpo: how far the rewards should be apart; default: half of beta")
+    orpo_lambda: float | None = flag(None, "orpo: weight of the odds ratio; default: 0.1")
+    desirable_weight: float | None = flag(None, "kto: weight of the good answers; default: 1")
+    undesirable_weight: float | None = flag(None, "kto: weight of the bad answers; default: 1")
+    reference_model_name_or_path: str | None = flag(None, "default: the model before training (not simpo, orpo)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = CONSTANTS[self.loss_type]
+        for name in dict.fromkeys(name for names in CONSTANTS.values() for name in names):
+            if name not in own and getattr(self, name) != getattr(Config, name):
+                losses = ", ".join(loss for loss, names in CONSTANTS.items() if name in names)
+                raise UserError(f"--{name} has no effect with --loss_type {self.loss_type}, only with {losses}")
+            if name in own and getattr(self, name) is None:
+                setattr(self, name, self.beta / 2 if name == "simpo_gamma" else own[name])
+        require_positive(self, *{"beta", "desirable_weight", "undesirable_weight"} & own.keys())
+        require_not_negative(self, *{"sft_coef", "simpo_gamma", "orpo_lambda"} & own.keys())
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: expected at least 0 and below 0.5")
+        if self.reference_model_name_or_path and not self.objective().has_reference:
+            raise UserError(f"--loss_type {self.loss_type} has no reference; drop --reference_model_name_or_path")
+
+    def objective(self) -> Objective:
+        return Objective(self.loss_type, {name: getattr(self, name) for name in CONSTANTS[self.loss_type]})
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
+    start = time.time()
+    runtime = init_runtime(config.seed)
+    dtype = resolve_dtype(config.dtype, runtime.device)
+    console = Console(runtime.is_main)
+    prepare_output_dir(config.output_dir)
+    objective = config.objective()
+    kind, noun = ("preference", "pairs") if objective.is_paired else ("feedback", "answers")
+
+    # Data
+    spec = config.data_spec(config.seed)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    with main_process_first(runtime):
+        data = load_rows(spec, kind, tokenizer, config.max_seq_len)
+    console.print(data.summary(noun))
+    shape = {"pad_token_id": tokenizer.pad_token_id, "max_len": config.max_seq_len, "seed": config.seed}
+    shape |= {"batch_size": config.per_device_eval_batch_size, "runtime": runtime}
+    train = AnswerRows(data.train, objective.is_paired, **shape)
+    held_out = AnswerRows(data.eval, objective.is_paired, **shape)
+    train_batches = training_batches(
+        len(data.train),
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        *runtime.place,
+        config.seed,
+        config.num_train_epochs,
+        config.max_steps,
+    )
+    if config.show_batch:
+        batch = train.collate(train_batches[0][0])
+        answers = pad(batch["response_mask"], (batch["input_ids"].shape[1] - batch["response_mask"].shape[1], 0))
+        console.print(show_batch(tokenizer, batch["input_ids"], batch["attention_mask"], answers))
+
+    # Model
+    def ask_reference(reference: torch.nn.Module, family: PreTrainedModel, weights: str) -> None:
+        for name, part in (("training", train), ("held-out", held_out)):
+            part.ref_logps, was_read = reference_logprobs(reference, family, weights, part, spec.cache_dir, console)
+            console.print(f"reference: {name} log-probabilities {'read from the cache' if was_read else 'computed'}")
+
+    if config.reference_model_name_or_path:
+        paths = (config.reference_model_name_or_path, config.model_name_or_path)
+        placed = {"dtype": dtype, "zero_stage": config.zero_stage, "runtime": runtime}
+        with_frozen_model(*paths, tokenizer, config.max_seq_len, ask_reference, **placed)
+    model = load_causal_lm(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    check_context(model.config, config.max_seq_len, "--max_seq_len")
+    is_own_reference = objective.has_reference and not config.reference_model_name_or_path
+    weights = weights_hash(model) if is_own_reference and runtime.is_main else ""  # now: ZeRO may shard them
+    engine = create_train_engine(model, config.train_spec(len(train_batches)), dtype=dtype, runtime=runtime)
+    if is_own_reference:
+        ask_reference(engine, model, weights)
+
+    # Train
+    metrics = MetricsWriter(config.output_dir, "dpo", runtime.is_main)
+
+    def evaluate_and_log(step: int) -> None:
+        batches = console.track(held_out.in_order(), len(held_out.steps), "evaluate")
+        values = evaluate(engine, model, objective, batches, runtime)
+        metrics.log(step, values)
+        interval = ""
+        if objective.is_paired:
+            interval = f" (95 %: {values['eval/accuracy_low']:.3f} to {values['eval/accuracy_high']:.3f})"
+        console.print(
+            f"step {step}: accuracy {values['eval/accuracy']:.3f}{interval} on {len(data.eval)} held-out {noun}, "
+            f"margin {values['eval/margin']:.3f}"
+        )
+
+    evaluate_and_log(0)
+    with console.bar(len(train_batches), "dpo") as bar:
+        for step, micro_batches in enumerate(train_batches, 1):
+            step_start = time.time()
+            batches = [train.collate(micro_batch) for micro_batch in micro_batches]
+            rate = learning_rate(engine)
+            stats, num_rows = train_step(engine, model, objective, batches, runtime)
+            if step % config.log_interval == 0 or step == len(train_batches):
+                line = stats | {"lr": rate, "grad_norm": grad_norm(engine)}
+                metrics.log(step, line | {f"perf/{noun}_per_s": num_rows / (time.time() - step_start)})
+            bar.set_postfix_str(f", loss {stats['loss']:.3f}", refresh=False)
+            bar.update()
+            if step == len(train_batches) or (config.eval_interval and step % config.eval_interval == 0):
+                evaluate_and_log(step)
+
+    # Save
+    save_weights(engine, lambda whole: save_model(whole, tokenizer, config.output_dir), runtime)
+    if runtime.is_main:
+        write_run_json(
+            config.output_dir,
+            role=POLICY,
+            config=to_dict(config),
+            data=data.record(),
+            metrics=metrics.last,
+            seconds=time.time() - start,
+        )
+    metrics.close()
+    console.print(f"saved to {config.output_dir}")
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine,
+    model: PreTrainedModel,
+    objective: Objective,
+    batches: list[Batch],
+    runtime: Runtime,
+) -> tuple[dict[str, float], float]:
+    """One optimizer step over this rank's micro-batches; loss, statistics and the number of rows, of all ranks."""
+    num_rows = all_reduce_sum(torch.stack([batch["row_mask"].sum() for batch in batches]).sum(), runtime).item()
+    mismatched, kl = [None] * len(batches), None
+    if not objective.is_paired:
+        mismatched, kl = mismatched_logps(engine, model, batches, runtime)
+    engine.train()
+    losses, scored = [], []
+    for batch, known in zip(batches, mismatched, strict=True):
+        rows = score_answers(engine, model, batch, known)
+        loss, _ = objective.loss(rows.real(), kl=kl, denominator=num_rows)
+        backward(engine, loss)
+        losses.append(loss.detach())
+        scored.append(rows.each(torch.Tensor.detach))
+    loss_value = all_reduce_sum(torch.stack(losses).sum(), runtime).item()
+    if not math.isfinite(loss_value):
+        raise RuntimeError(f"the loss is {loss_value}; lower --learning_rate, or use --dtype bf16 or fp32")
+    engine.step()
+    return objective.measure(gather_answers(scored, runtime)) | {"loss": loss_value}, num_rows
+
+
+@torch.no_grad()
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, objective: Objective, batches, runtime: Runtime
+) -> dict[str, float]:
+    """Loss, accuracy and implicit rewards over the whole held-out set; of pairs, the accuracy's 95 % interval too."""
+    engine.eval()
+    rows = gather_answers([score_answers(engine, model, batch) for batch in batches], runtime)
+    values = objective.measure(rows)
+    if objective.is_paired:
+        interval = wilson_interval(values["accuracy"] * len(rows.logps), len(rows.logps))
+        values["accuracy_low"], values["accuracy_high"] = interval
+    return {f"eval/{name}": value for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    run_program(main)
