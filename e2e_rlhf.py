@@ -1,12 +1,14 @@
-"""All three stages of RLHF in one command: supervised fine-tuning, reward model, PPO; then what it came to.
+"""All stages of RLHF in one command: supervised fine-tuning, reward model, PPO; then what it came to.
 
     python e2e_rlhf.py                                  the embedded task and model, on whatever machine this is
+    python e2e_rlhf.py --method dpo                     DPO in place of reward model and PPO
     python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
     python e2e_rlhf.py --actor-model ./my-model --data-path mine.jsonl --seed 3 --ppo.kl_coef 0.1
 
-The flags of the stages' programs work here too: --NAME goes to every stage that has it; --sft.NAME, --reward.NAME and
---ppo.NAME go to one stage and outweigh --NAME (`python training/step1_supervised_finetuning/main.py --help` lists
-those of step 1). DSCHAT_LAUNCH in the environment replaces the launcher: DSCHAT_LAUNCH="deepspeed --hostfile hosts".
+The flags of the stages' programs work here too: --NAME goes to every stage that has it; --sft.NAME, --reward.NAME,
+--ppo.NAME, --dpo.NAME and --answers.NAME go to one stage and outweigh --NAME (`python
+training/step1_supervised_finetuning/main.py --help` lists those of step 1). DSCHAT_LAUNCH in the environment replaces
+the launcher: DSCHAT_LAUNCH="deepspeed --hostfile hosts".
 """
 
 import argparse
@@ -31,15 +33,42 @@ from typing import Any, NoReturn
 from dschat.data import toy
 from dschat.errors import UserError, run_program
 from dschat.report.metrics import prepare_output_dir
-from dschat.report.summary import before_and_after, grade, read_answers, read_run, results_table, summarize
+from dschat.report.reward_quality import QUALITY_FOLDER, read_quality
+from dschat.report.summary import (
+    before_and_after,
+    grade,
+    read_answers,
+    read_run,
+    read_side_by_side,
+    results_table,
+    summarize,
+)
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning", 3: "step3_rlhf_finetuning"}
-KEYS = {1: "sft", 2: "reward", 3: "ppo"}  # as in --sft.NAME and in summary.json
-TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
 DEPLOYMENTS = ("cpu", "single_gpu", "single_node", "multi_node")
 SET_HERE = ("output_dir", "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path")
 SECONDS_TO_STOP = 10
+
+
+@dataclass(frozen=True)
+class Stage:
+    step: int  # as in --step
+    title: str
+    program: str  # below training/
+    record: str = "run.json"  # what it leaves when it is done
+
+
+# The keys are those of --sft.NAME and of summary.json.
+STAGES = {
+    "sft": Stage(1, "supervised fine-tuning", "step1_supervised_finetuning/main.py"),
+    "reward": Stage(2, "reward model", "step2_reward_model_finetuning/main.py"),
+    "ppo": Stage(3, "PPO", "step3_rlhf_finetuning/main.py"),
+    "dpo": Stage(2, "DPO", "step2_dpo_finetuning/main.py"),
+    "answers": Stage(3, "answers side by side", "step1_supervised_finetuning/prompt_eval.py", "summary.json"),
+}
+METHODS = {"ppo": ("sft", "reward", "ppo"), "dpo": ("sft", "dpo", "answers")}
+# What of the stages before it a stage starts from.
+NEEDS = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward"), "dpo": ("sft",), "answers": ("sft", "dpo")}
 
 
 @dataclass(frozen=True)
@@ -61,45 +90,56 @@ def main() -> None:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     args = parse_args(sys.argv[1:])
     if args.list:
-        print(f"--actor-model   {list_recipes(1)}\n--reward-model  sft, the output of step 1; {list_recipes(2)}")
+        print(f"--actor-model   {list_recipes('sft')}")
+        print(f"--reward-model  sft, the output of step 1; {list_recipes('reward')}")
         return
     start = time.time()
-    steps, output = sorted(set(args.step)), Path(args.output_dir)
-    actor = find_model(args.actor_model, 1)
+    output, stages = Path(args.output_dir), [key for key in METHODS[args.method] if STAGES[key].step in args.step]
+    actor = find_model(args.actor_model, "sft")
     sft = output / "actor-models" / actor.name
     from_sft = args.reward_model in ("sft", "toy")
-    reward = replace(actor, path=str(sft)) if from_sft else find_model(args.reward_model, 2)
-    models = {1: actor, 2: reward, 3: replace(actor, path=str(sft))}
-    outputs = {1: sft, 2: output / "reward-models" / reward.name, 3: output / "step3-models" / actor.name}
+    trained = replace(actor, path=str(sft))
+    reward = trained if from_sft else find_model(args.reward_model, "reward")
+    models = {"sft": actor, "reward": reward, "ppo": trained, "dpo": trained, "answers": trained}
+    outputs = {"sft": sft, "reward": output / "reward-models" / reward.name, "answers": output / "answers"}
+    outputs |= {"ppo": output / "step3-models" / actor.name, "dpo": output / "dpo-models" / actor.name}
     data = args.data_path or (["toy"] if actor.family == "toy" else None)
     deployment, launcher = choose_launcher(args.deployment_type, args.num_ranks)
     commands = {}
-    for step in steps:
-        recipe = find_recipe(step, models[step], deployment)
-        commands[step] = [str(recipe), *stage_flags(step, args, models[step], data, outputs)]
-    needed = {1, 2} if 3 in steps else {1} if from_sft else set()
-    for step in sorted(needed - set(steps)):
-        if not (outputs[step] / "run.json").is_file():
-            raise UserError(f"{outputs[step]} does not hold the output of step {step}; run --step {step} first")
+    for key in stages:
+        flags = stage_flags(key, args, models[key], data, outputs)
+        if key == "answers":
+            commands[key] = [sys.executable, str(ROOT / "training" / STAGES[key].program), *flags]
+        else:
+            commands[key] = [str(find_recipe(key, models[key], deployment)), *flags]
+    needed = {earlier for key in stages for earlier in NEEDS[key] if key != "reward" or from_sft}
+    for key in sorted(needed - set(stages), key=lambda key: STAGES[key].step):
+        if not (outputs[key] / STAGES[key].record).is_file():
+            step = STAGES[key].step
+            raise UserError(f"{outputs[key]} does not hold the output of step {step}; run --step {step} first")
     prepare_output_dir(str(output))
     (output / "summary.json").unlink(missing_ok=True)  # it tells of models that are replaced from here on
 
     seconds = {}
-    for step, command in commands.items():
-        print(f"[{step}/3] {TITLES[step]}: {models[step].path} -> {outputs[step]}", flush=True)
-        seconds[step] = run_stage(step, command, outputs[step], output / f"error-{KEYS[step]}.txt", launcher)
-        print(f"[{step}/3] {TITLES[step]} done in {seconds[step]:.1f} s", flush=True)
-    if 3 in steps:
-        report(output, outputs, seconds, time.time() - start)
+    for key, command in commands.items():
+        title = f"[{STAGES[key].step}/3] {STAGES[key].title}"
+        start_from = ", ".join(str(outputs[stage]) for stage in NEEDS[key]) if key == "answers" else models[key].path
+        print(f"{title}: {start_from} -> {outputs[key]}", flush=True)
+        seconds[key] = run_stage(key, command, outputs[key], output / f"error-{key}.txt", launcher)
+        print(f"{title} done in {seconds[key]:.1f} s", flush=True)
+    if 3 in args.step:
+        finished = {key: outputs[key] for key in METHODS[args.method]}
+        report(args.method, output, finished, seconds, time.time() - start)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
+    add("--method", choices=METHODS, default="ppo", help="after step 1: reward model and PPO (default), or DPO")
     add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="stages to run (default: 1 2 3)")
     add("--actor-model", default="toy", help="toy (default), facebook/opt-1.3b or a model directory")
     add("--reward-model", default="sft", help="what step 2 starts from; sft (default): the output of step 1")
-    add("--actor-zero-stage", type=int, choices=range(4), help="of step 1 and step 3's actor; default: the recipe's")
+    add("--actor-zero-stage", type=int, choices=range(4), help="of step 1, DPO and PPO's actor; default: the recipe's")
     add("--reward-zero-stage", type=int, choices=range(4), help="of step 2 and the critic; default: the recipe's")
     add("--output-dir", "--output_dir", default="output", help="where everything goes (default: output)")
     add("--deployment-type", choices=DEPLOYMENTS, help="default: single_gpu where there is a GPU, else cpu")
@@ -107,8 +147,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--data-path", "--data_path", nargs="+", help="as the stages' --data_path (default with the toy model: toy)")
     add("--list", action="store_true", help="print the models and deployments that have recipes")
     known = {option for action in parser._actions for option in action.option_strings}
-    for step, key in KEYS.items():
-        for name, kind in flag_types(step).items():
+    for key in STAGES:
+        for name, kind in flag_types(key).items():
             for flag, dest in ((f"--{key}.{name}", f"{key}.{name}"), (f"--{name}", f"all.{name}")):
                 if flag not in known:
                     known.add(flag)
@@ -116,11 +156,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse(next((word for word in unknown if word.startswith("--")), unknown[0]), known)
-    for name in (dest.removeprefix("all.") for dest in vars(args) if dest.startswith("all.")):
-        if not any(name in flag_types(step) for step in args.step):
-            owners = " and ".join(str(step) for step in KEYS if name in flag_types(step))
-            raise UserError(f"--{name} is a flag of step {owners}, which --step leaves out")
+    check_owners(args)
     return args
+
+
+def check_owners(args: argparse.Namespace) -> None:
+    """Refuse a flag that no stage of this run takes."""
+    stages = [key for key in METHODS[args.method] if STAGES[key].step in args.step]
+    for dest in vars(args):
+        prefix, dot, name = dest.partition(".")
+        if not dot or prefix in stages or (prefix == "all" and any(name in flag_types(key) for key in stages)):
+            continue
+        owners = [key for key in STAGES if key == prefix or (prefix == "all" and name in flag_types(key))]
+        if own := [key for key in owners if key in METHODS[args.method]]:
+            if prefix == "all":
+                steps = " and ".join(str(STAGES[key].step) for key in own)
+                raise UserError(f"--{name} is a flag of step {steps}, which --step leaves out")
+            continue  # a stage that --step leaves out may have flags of its own
+        method = next(method for method, keys in METHODS.items() if owners[0] in keys)
+        flag = name if prefix == "all" else dest
+        raise UserError(f"--{flag} is a flag of --method {method}, not of {args.method}; drop it")
 
 
 def add_stage_flag(parser: Parser, flag: str, dest: str, kind: str) -> None:
@@ -134,9 +189,9 @@ def add_stage_flag(parser: Parser, flag: str, dest: str, kind: str) -> None:
 
 
 @functools.cache
-def flag_types(step: int) -> dict[str, str]:
+def flag_types(key: str) -> dict[str, str]:
     """The flags of a stage's program that a user may give, read from its source: importing it would import torch."""
-    sources = ("dschat/flags.py", "dschat/rlhf/flags.py", f"training/{FOLDERS[step]}/main.py")
+    sources = ("dschat/flags.py", "dschat/rlhf/flags.py", f"training/{STAGES[key].program}")
     nodes = [node for path in map(ROOT.joinpath, sources) for node in ast.parse(path.read_text(encoding="utf-8")).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
@@ -160,7 +215,7 @@ def refuse(word: str, known: set[str]) -> NoReturn:
     raise UserError(f"unknown {'flag' if word.startswith('-') else 'argument'} {flag}{hint}")
 
 
-def find_model(text: str, step: int) -> Model:
+def find_model(text: str, key: str) -> Model:
     if text == "toy":
         return Model("toy", "toy", "toy", "toy")
     if opt := re.fullmatch(r"(?:facebook/)?(?:opt-)?(\d+(?:\.\d+)?[mb])", text):
@@ -168,22 +223,28 @@ def find_model(text: str, step: int) -> Model:
     directory = Path(text).expanduser()
     if directory.is_dir():
         return Model(str(directory), "custom", "custom", directory.resolve().name)
-    raise UserError(f"{text} is neither a directory nor a model with a recipe for step {step}: {list_recipes(step)}")
+    raise UserError(
+        f"{text} is neither a directory nor a model with a recipe for step {STAGES[key].step}: {list_recipes(key)}"
+    )
 
 
-def find_recipe(step: int, model: Model, deployment: str) -> Path:
-    scripts = ROOT / "training" / FOLDERS[step] / "training_scripts"
-    recipe = scripts / model.family / deployment / f"run_{model.size}.sh"
+def recipes(key: str) -> Path:
+    return (ROOT / "training" / STAGES[key].program).parent / "training_scripts"
+
+
+def find_recipe(key: str, model: Model, deployment: str) -> Path:
+    recipe = recipes(key) / model.family / deployment / f"run_{model.size}.sh"
     if not recipe.is_file():
-        raise UserError(f"no recipe of step {step} for {model.name} on {deployment}; there are: {list_recipes(step)}")
+        step = STAGES[key].step
+        raise UserError(f"no recipe of step {step} for {model.name} on {deployment}; there are: {list_recipes(key)}")
     return recipe
 
 
-def list_recipes(step: int) -> str:
+def list_recipes(key: str) -> str:
     """As 'toy on cpu, single_gpu, single_node; …'."""
     found: dict[str, list[str]] = {}
     for deployment in DEPLOYMENTS:
-        for script in sorted((ROOT / "training" / FOLDERS[step]).glob(f"training_scripts/*/{deployment}/run_*.sh")):
+        for script in sorted(recipes(key).glob(f"*/{deployment}/run_*.sh")):
             family, size = script.parts[-3], script.stem.removeprefix("run_")
             name = {"toy": "toy", "custom": "a model directory"}.get(family, f"facebook/{family}-{size}")
             found.setdefault(name, []).append(deployment)
@@ -215,18 +276,27 @@ def choose_launcher(deployment: str | None, num_ranks: int | None) -> tuple[str,
     return deployment, f"{python} -m deepspeed.launcher.runner --quiet {ranks} --master_port {port}"
 
 
-def stage_flags(step: int, args: argparse.Namespace, model: Model, data: list[str] | None, outputs: dict) -> list[str]:
+def stage_flags(key: str, args: argparse.Namespace, model: Model, data: list[str] | None, outputs: dict) -> list[str]:
     """The words that follow a recipe's own flags; a stage takes the last of those given twice."""
-    given, key = vars(args), KEYS[step]
-    flags: dict[str, Any] = {"output_dir": str(outputs[step]), "data_path": data}
-    if step == 3:
-        flags |= {"actor_model_name_or_path": str(outputs[1]), "critic_model_name_or_path": str(outputs[2])}
+    given = vars(args)
+    flags: dict[str, Any] = {"output_dir": str(outputs[key]), "data_path": data}
+    if key == "ppo":
+        flags |= {"actor_model_name_or_path": str(outputs["sft"])}
+        flags |= {"critic_model_name_or_path": str(outputs["reward"])}
         flags |= {"actor_zero_stage": args.actor_zero_stage, "critic_zero_stage": args.reward_zero_stage}
+    elif key == "answers":
+        flags |= {"model_name_or_path": [str(outputs["sft"]), str(outputs["dpo"])], "decoding": ["sample"]}
+        flags |= {
+            "eval_fraction": 0.1,
+            "num_prompts": 300,
+            "num_shown": 0,
+            "judge": "toy" if data == ["toy"] else None,
+        }
     else:
-        zero_stage = args.actor_zero_stage if step == 1 else args.reward_zero_stage
+        zero_stage = args.reward_zero_stage if key == "reward" else args.actor_zero_stage
         flags |= {"model_name_or_path": model.path, "zero_stage": zero_stage}
     for prefix in ("all", key):
-        flags |= {name: given[f"{prefix}.{name}"] for name in flag_types(step) if f"{prefix}.{name}" in given}
+        flags |= {name: given[f"{prefix}.{name}"] for name in flag_types(key) if f"{prefix}.{name}" in given}
     if model.family == "custom" and not (flags["data_path"] or flags.get("config")):
         raise UserError(f"--data-path is missing, such as --data-path mine.jsonl, or --{key}.data_path")
     words = []
@@ -238,8 +308,8 @@ def stage_flags(step: int, args: argparse.Namespace, model: Model, data: list[st
     return words
 
 
-def run_stage(step: int, command: list[str], directory: Path, error_file: Path, launcher: str | None) -> float:
-    """Run a recipe, its output on our terminal. Seconds, or the end of the program with the stage's own error last."""
+def run_stage(key: str, command: list[str], directory: Path, error_file: Path, launcher: str | None) -> float:
+    """Run a stage, its output on our terminal. Seconds, or the end of the program with the stage's own error last."""
     error_file.unlink(missing_ok=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -249,15 +319,16 @@ def run_stage(step: int, command: list[str], directory: Path, error_file: Path, 
     code = wait_for(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, process_group=0))
     seconds = time.time() - start
     error = error_file.read_text(encoding="utf-8").rstrip() if error_file.is_file() else ""
-    record = directory / "run.json"
+    record = directory / STAGES[key].record
     if code == 0 and not error and record.is_file() and record.stat().st_mtime > start - 2:  # file systems round
         return seconds
     if code < 0:
         error = error or f"killed by {signal.Signals(-code).name}; out of memory is the usual cause"
     # of a user's mistake 2, whatever a launcher made of it
     code = 2 if error.startswith("error: ") else 128 - code if code < 0 else code or 1
-    print(f"[{step}/3] {TITLES[step]} failed after {seconds:.1f} s with exit code {code}", file=sys.stderr)
-    print(error or f"it left no model in {directory}; its own last lines are above", file=sys.stderr, flush=True)
+    title = f"[{STAGES[key].step}/3] {STAGES[key].title}"
+    print(f"{title} failed after {seconds:.1f} s with exit code {code}", file=sys.stderr)
+    print(error or f"it left no {record}; its own last lines are above", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -275,22 +346,25 @@ def wait_for(process: subprocess.Popen) -> int:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def report(output: Path, outputs: dict[int, Path], seconds: dict[int, float], total: float) -> None:
+def report(method: str, output: Path, outputs: dict[str, Path], seconds: dict[str, float], total: float) -> None:
     """Write summary.json and say what came out. The peak memory is that of the largest process, hence of one rank."""
-    runs = {step: read_run(directory) for step, directory in outputs.items()}
-    earlier = {step: run["seconds"] for step, run in runs.items() if step not in seconds}  # as that run recorded
-    times = {KEYS[step]: (seconds | earlier)[step] for step in runs} | {"total": total + sum(earlier.values())}
-    config = runs[3]["config"]
+    runs = {key: read_run(directory, STAGES[key].record) for key, directory in outputs.items()}
+    earlier = {key: run["seconds"] for key, run in runs.items() if key not in seconds}  # as that run recorded
+    times = {key: (seconds | earlier)[key] for key in runs} | {"total": total + sum(earlier.values())}
+    config = runs[METHODS[method][-1]]["config"]
     is_toy = all(source.partition(":")[0] == "toy" for source in config["eval_data_path"] or config["data_path"])
     judge = toy.judge if is_toy else None
-    graded = {name: grade(rows, judge) for name, rows in read_answers(outputs[3] / "samples.jsonl").items()}
+    answers = read_answers(outputs["ppo"]) if method == "ppo" else read_side_by_side(outputs["answers"])
+    graded = {name: grade(rows, judge) for name, rows in answers.items()}
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
     peak = max(children, *(run["peak_rss_gb"] for run in runs.values()))
-    summary = summarize(graded, runs[2], runs[3], times, peak)
+    quality = read_quality(outputs["reward"] / QUALITY_FOLDER) if method == "ppo" else None
+    summary = summarize(graded, runs, quality, times, peak)
     path = output / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    chat = shlex.join(["python", os.path.relpath(ROOT / "chat.py"), "--path", str(outputs[3] / "actor")])
+    policy = outputs["ppo"] / "actor" if method == "ppo" else outputs["dpo"]
+    chat = shlex.join(["python", os.path.relpath(ROOT / "chat.py"), "--path", str(policy)])
     ending = [f"written to {path}", f"chat: {chat}"]
     print("", results_table(summary, graded), "", before_and_after(graded), "", *ending, sep="\n", flush=True)
 

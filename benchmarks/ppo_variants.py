@@ -9,8 +9,6 @@ all train on the same number of answers. A run that is there already is not run 
 
 import argparse
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +16,9 @@ from dschat.data.toy import judge
 from dschat.report.progress import table
 from dschat.report.summary import PPO, SFT, grade, read_answers, read_run, win_rate
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "training/step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
+from toy_runs import prepare, train
+
+RECIPE = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
 # Four answers to each of 25 prompts are as many as one to each of 100.
 GROUPS = "--num_samples_per_prompt 4 --per_device_generation_batch_size 25 --max_steps 45"
 VARIANTS = {
@@ -32,40 +31,17 @@ VARIANTS = {
 }
 
 
-def folder(output: Path, seed: int, variant: str) -> Path:
-    return output / f"seed{seed}" / variant.replace(", ", "-").replace(" ", "-")
+def folder(variant: str) -> str:
+    return variant.replace(", ", "-").replace(" ", "-")
 
 
-def run(command: list[str], log: Path, threads: int) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    with open(log, "w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
-    if code:
-        sys.exit(f"{' '.join(command)} failed; see {log}")
-
-
-def prepare(output: Path, seed: int, threads: int) -> None:
-    base = output / f"seed{seed}"
-    if not (base / "reward-models/toy/run.json").is_file():
-        command = [sys.executable, str(ROOT / "e2e_rlhf.py"), "--step", "1", "2", "--seed", str(seed)]
-        run([*command, "--output-dir", str(base)], base / "steps12.log", threads)
-
-
-def train(output: Path, seed: int, variant: str, threads: int) -> None:
-    base, target = output / f"seed{seed}", folder(output, seed, variant)
-    if (target / "run.json").is_file():
-        return
-    models = ["--actor_model_name_or_path", str(base / "actor-models/toy")]
-    models += ["--critic_model_name_or_path", str(base / "reward-models/toy"), "--data_path", "toy"]
-    command = ["bash", str(RECIPE), *models, "--seed", str(seed), "--output_dir", str(target)]
-    run([*command, "--best_of_n", "0", *VARIANTS[variant].split()], target.with_suffix(".log"), threads)
+def train_variant(output: Path, seed: int, variant: str) -> None:
+    train(output, seed, folder(variant), RECIPE, f"--best_of_n 0 {VARIANTS[variant]}", 1)
 
 
 def row(output: Path, seed: int, variant: str) -> list[str]:
-    target = folder(output, seed, variant)
-    graded = {name: grade(rows, judge) for name, rows in read_answers(target / "samples.jsonl").items()}
+    target = output / f"seed{seed}" / folder(variant)
+    graded = {name: grade(rows, judge) for name, rows in read_answers(target).items()}
     won = win_rate(graded[PPO].scores, graded[SFT].scores)
     means = [sum(graded[name].scores) / len(graded[name].scores) for name in (SFT, PPO)]
     correct = [sum(graded[name].correct) / len(graded[name].correct) for name in (SFT, PPO)]
@@ -92,7 +68,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: prepare(args.output_dir, seed, 1), args.seeds))
         runs = [(seed, variant) for variant in variants for seed in args.seeds]
-        list(pool.map(lambda pair: train(args.output_dir, *pair, 1), runs))
+        list(pool.map(lambda pair: train_variant(args.output_dir, *pair), runs))
     header = ["variant", "seed", "better than SFT (95 %)", "judge", "correct", "KL", "seconds"]
     print(table(header, [row(args.output_dir, seed, variant) for seed, variant in runs]))
 

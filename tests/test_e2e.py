@@ -20,7 +20,9 @@ e2e = importlib.import_module("e2e_rlhf")
 FAKE_STAGE = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-step, flags = int(Path(sys.argv[1]).resolve().parent.name[4]), sys.argv[2:]
+program, flags = Path(sys.argv[1]).resolve(), sys.argv[2:]
+is_answers, is_dpo = program.name == "prompt_eval.py", "dpo" in program.parent.name
+step = 3 if is_answers else int(program.parent.name[4])
 names = {"GOMP_SPINCOUNT", "PYTHONPATH"}
 with open("calls.jsonl", "a") as calls:
     calls.write(json.dumps([step, flags, {name: os.environ.get(name) for name in names}]) + "\\n")
@@ -53,8 +55,17 @@ metrics = {2: {"eval/accuracy": 0.75, "eval/accuracy_low": 0.30064, "eval/accura
                "eval/num_pairs": 4.0}, 3: {"eval/kl_per_seq": 3.125}}
 config = {name: values(f"--{name}") for name in ("data_path", "eval_data_path")}
 run = {"config": config, "metrics": metrics.get(step, {}), "seconds": 10.0 * step, "peak_rss_gb": 50.0 + step}
-(output / "run.json").write_text(json.dumps(run))
-if step == 3:
+if is_dpo:
+    run["metrics"] = metrics[2]
+(output / ("summary.json" if is_answers else "run.json")).write_text(json.dumps(run))
+if is_answers:
+    asked = ["What is the capital of France?", "What colour is a lemon?"]
+    with open(output / "answers.jsonl", "w") as file:
+        for model, text in (("sft", "Berlin."), ("dpo", "Paris.")):
+            for prompt in asked:
+                row = {"model": model, "decoding": "sample", "prompt": prompt, "response": text, "score": None}
+                file.write(json.dumps(row) + "\\n")
+elif step == 3:
     is_toy = (config["eval_data_path"] or config["data_path"]) == ["toy"]
     asked = ["What is the capital of France?", "What colour is a lemon?"] if is_toy else ["a", "b"]
     rows = [(0, "policy", "Paris.", 1), (0, "best_of_8", "Berlin.", 3), (2, "policy", "x", 9), (4, "policy", "?", 2)]
@@ -74,13 +85,18 @@ def run(tmp_path):
     folder = tmp_path / "my runs"
     folder.mkdir()
     launch = f"{Path(sys.executable)} {tmp_path / 'fake.py'}"
+    stub = tmp_path / "python"  # for the one program that is started without a launcher
+    stub.write_text(f'#!/bin/sh\nexec {launch} "$@"\n')
+    stub.chmod(0o755)
+    start = f"import sys; sys.argv[0] = {str(PROGRAM)!r}; sys.path.insert(0, {str(ROOT)!r}); import e2e_rlhf; "
+    start += f"sys.executable = {str(stub)!r}; e2e_rlhf.run_program(e2e_rlhf.main)"
 
     def call(*flags, fake="", wait=True):
         env = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "PYTHONPATH")}
         env |= {"DSCHAT_LAUNCH": launch, "FAKE": fake}
         options = {"cwd": folder, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # off in background jobs
-        process = subprocess.Popen([sys.executable, str(PROGRAM), *map(str, flags)], **options)
+        process = subprocess.Popen([sys.executable, "-c", start, *map(str, flags)], **options)
         if not wait:
             return process
         out, err = process.communicate(timeout=60)
@@ -123,6 +139,40 @@ def test_without_flags_the_embedded_task_runs_through_all_stages(run):
     assert result.stdout.endswith(
         f"chat: python {os.path.relpath(ROOT / 'chat.py', run.folder)} --path {paths[2]}/actor\n"
     )
+
+
+def test_dpo_takes_the_place_of_the_reward_model_and_ppo(run):
+    result = run("--method", "dpo", "--dpo.beta", "0.3", "--seed", "5", "--actor-zero-stage", "1")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (run.folder / "calls.jsonl").read_text().splitlines()]
+    sft, dpo, answers = (flags for _, flags, _ in lines)
+    assert [step for step, _, _ in lines] == [1, 2, 3]
+    assert value(dpo, "--model_name_or_path") == "output/actor-models/toy" and value(dpo, "--beta") == "0.3"
+    assert value(dpo, "--output_dir") == "output/dpo-models/toy" and value(dpo, "--zero_stage") == "1"
+    start = answers.index("--model_name_or_path")
+    assert answers[start + 1 : start + 3] == ["output/actor-models/toy", "output/dpo-models/toy"]
+    assert (value(answers, "--data_path"), value(answers, "--judge"), value(answers, "--seed")) == ("toy", "toy", "5")
+    assert value(answers, "--eval_fraction") == "0.1", "the prompts that the stages hold out"
+    summary = json.loads((run.folder / "output/summary.json").read_text())
+    assert list(summary.pop("seconds")) == ["sft", "dpo", "answers", "total"]
+    assert summary == {
+        "dpo_accuracy": {"value": 0.75, "ci95": [0.3006, 0.9544], "num_pairs": 4},
+        "judge": {"sft": {"mean": -0.15, "correct": 0.0}, "dpo": {"mean": 0.5, "correct": 0.5}},
+        "win_rate": {"dpo_vs_sft": {"value": 0.75, "ci95": [0.1979, 0.9733], "num_prompts": 2}},
+        "peak_rss_gb": 53.0,
+    }
+    assert "[3/3] answers side by side: output/actor-models/toy, output/dpo-models/toy" in result.stdout
+    assert result.stdout.endswith(" --path output/dpo-models/toy\n")
+    assert run("--method", "dpo", "--step", "3", "--answers.temperature", "0.5").returncode == 0
+    assert value(calls(run)[3][0], "--temperature") == "0.5"
+
+
+def test_dpo_on_data_without_a_judge_has_answers_and_no_win_rate(run):
+    result = run("--method", "dpo", "--data-path", "mine.jsonl")
+    assert "--judge" not in calls(run)[3][0]
+    summary = json.loads((run.folder / "output/summary.json").read_text())
+    assert "judge" not in summary and "win_rate" not in summary
+    assert "no judge and no reward model for this task" in result.stdout
 
 
 def test_summary_json_holds_exactly_what_was_agreed(run):
@@ -191,6 +241,10 @@ def test_stage_flags_reach_the_stages_that_have_them(run):
             "--ppo.output_dir is set here; use --actor-model, --reward-model and --output-dir",
         ),
         (["--step", "1", "2", "--kl_coef", "1"], "--kl_coef is a flag of step 3, which --step leaves out"),
+        (["--method", "dpo", "--kl_coef", "1"], "--kl_coef is a flag of --method ppo, not of dpo; drop it"),
+        (["--dpo.beta", "1"], "--dpo.beta is a flag of --method dpo, not of ppo; drop it"),
+        (["--method", "dpo", "--step", "1", "--beta", "1"], "--beta is a flag of step 2, which --step leaves out"),
+        (["--method", "dpo", "--step", "3"], "does not hold the output of step 1; run --step 1 first"),
         (["--ppo.kl_coef", "much"], "--ppo.kl_coef: invalid float value: 'much'"),
         (["--step", "4"], "--step: invalid choice: 4"),
         (["more"], "unknown argument more"),
@@ -252,19 +306,18 @@ def test_models_of_ones_own_and_from_the_hub(run, tmp_path):
         ("user@1", 2, "error: no disk\n"),  # 2 although the launcher said 5
         ("crash@2", 5, "Trace\nboom\n"),
         ("killed@3", 137, "killed by SIGKILL; out of memory is the usual cause\n"),
-        ("nothing@2", 1, "it left no model in output/reward-models/toy; its own last lines are above\n"),
+        ("nothing@2", 1, "it left no output/reward-models/toy/run.json; its own last lines are above\n"),
     ],
 )
 def test_when_a_stage_fails_its_error_is_last(run, fake, code, last):
     step = int(fake[-1])
     (run.folder / "output").mkdir()
-    key = {1: "sft", 2: "reward", 3: "ppo"}[step]
+    key = e2e.METHODS["ppo"][step - 1]
+    title = e2e.STAGES[key].title
     (run.folder / f"output/error-{key}.txt").write_text("of an earlier run")
     result = run(fake=fake)
     assert result.returncode == code and result.stderr.endswith(last)
-    assert (
-        f"[{step}/3] {e2e.TITLES[step]} failed after" in result.stderr and f"with exit code {code}\n" in result.stderr
-    )
+    assert f"[{step}/3] {title} failed after" in result.stderr and f"with exit code {code}\n" in result.stderr
     assert "noise of a library" in result.stderr and "earlier run" not in result.stderr
     assert list(calls(run)) == list(range(1, step + 1)), "nothing runs after a failure"
 

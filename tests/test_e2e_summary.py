@@ -3,7 +3,15 @@
 import json
 from typing import NamedTuple
 
-from dschat.report.summary import before_and_after, grade, read_answers, results_table, summarize, win_rate
+from dschat.report.summary import (
+    before_and_after,
+    grade,
+    read_answers,
+    read_side_by_side,
+    results_table,
+    summarize,
+    win_rate,
+)
 
 import pytest
 
@@ -49,16 +57,29 @@ def test_scores_of_different_prompts_are_not_compared():
 def test_answers_are_those_before_training_and_after_it(tmp_path):
     first, best, middle, last = rows("a"), rows("b"), rows("c"), rows("d")
     groups = [(0, "policy", first), (0, "best_of_4", best), (10, "policy", middle), (12, "policy", last)]
-    answers = read_answers(write(tmp_path / "samples.jsonl", *groups))
+    write(tmp_path / "samples.jsonl", *groups)
+    answers = read_answers(tmp_path)
     assert list(answers) == ["sft", "best_of_4", "ppo"]
     assert [answers[name][0]["response"] for name in answers] == ["a", "b", "d"]
 
 
 def test_answers_to_other_prompts_are_refused(tmp_path):
+    write(tmp_path / "samples.jsonl", (0, "policy", rows("a", "b")), (3, "policy", rows("b", "a")[::-1]))
     with pytest.raises(ValueError, match="the same prompts"):
-        read_answers(write(tmp_path / "a", (0, "policy", rows("a", "b")), (3, "policy", rows("b", "a")[::-1])))
+        read_answers(tmp_path)
+    write(tmp_path / "samples.jsonl", (0, "policy", rows("a", "b")))
     with pytest.raises(ValueError, match="before and after"):
-        read_answers(write(tmp_path / "b", (0, "policy", rows("a", "b"))))
+        read_answers(tmp_path)
+
+
+def test_answers_of_two_models_side_by_side(tmp_path):
+    lines = [{"model": name} | row for name in ("x/toy", "y/toy") for row in rows(f"{name} 1", f"{name} 2")]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    answers = read_side_by_side(tmp_path)
+    assert [[row["response"] for row in answers[name]] for name in ("sft", "dpo")] == [
+        ["x/toy 1", "x/toy 2"],
+        ["y/toy 1", "y/toy 2"],
+    ]
 
 
 def graded(judge):
@@ -66,18 +87,32 @@ def graded(judge):
     return {name: grade(group, judge) for name, group in answers.items()}
 
 
+def graded_dpo(judge):
+    answers = {"sft": rows("a", "a"), "dpo": rows("aaa", "a")}
+    return {name: grade([row | {"score": None} for row in group], judge) for name, group in answers.items()}
+
+
 REWARD = {
     "metrics": {"eval/accuracy": 0.84, "eval/accuracy_low": 0.80123, "eval/accuracy_high": 0.88, "eval/num_pairs": 9.0}
 }
-PPO = {"metrics": {"eval/kl_per_seq": 3.14159}}
+RUNS = {"sft": {"metrics": {}}, "reward": REWARD, "ppo": {"metrics": {"eval/kl_per_seq": 3.14159}}}
+QUALITY = {
+    "accuracy": 0.84,
+    "ci95": [0.8, 0.88],
+    "num_pairs": 9,
+    "num_bad": 0,
+    "baselines": {"length": {"accuracy": 0.61239, "rule": "longer", "ci95": [0.5, 0.7]}},
+    "calibration": {"ece": 0.04321},
+}
 SECONDS = {"sft": 88.06, "reward": 15.0, "ppo": 60.2, "total": 171.9}
 
 
 def test_the_summary_of_a_judged_task():
     # lengths of answers minus lengths of prompts ("a", "ab"): sft 0 and -1, best 0 and 0, ppo 2 and -1
-    assert summarize(graded(judge), REWARD, PPO, SECONDS, 1.93333) == {
+    assert summarize(graded(judge), RUNS, QUALITY, SECONDS, 1.93333) == {
         "seconds": {"sft": 88.1, "reward": 15.0, "ppo": 60.2, "total": 171.9},
         "reward_accuracy": {"value": 0.84, "ci95": [0.8012, 0.88], "num_pairs": 9},
+        "reward_quality": {"weakness": None, "length_only_accuracy": 0.6124, "ece": 0.0432},
         "judge": {
             "sft": {"mean": -0.5, "correct": 0.5},
             "best_of_8": {"mean": 0.0, "correct": 0.0},
@@ -91,8 +126,8 @@ def test_the_summary_of_a_judged_task():
 
 
 def test_without_a_judge_the_reward_model_decides():
-    summary = summarize(graded(None), REWARD, PPO, SECONDS, 1.9)
-    assert "judge" not in summary
+    summary = summarize(graded(None), RUNS, None, SECONDS, 1.9)
+    assert "judge" not in summary and "reward_quality" not in summary
     assert summary["win_rate"]["ppo_vs_sft"] == {
         "value": 0.5,
         "ci95": [0.0945, 0.9055],
@@ -103,7 +138,7 @@ def test_without_a_judge_the_reward_model_decides():
 
 
 def test_the_table_has_a_line_for_each_policy_and_each_stage():
-    summary = summarize(graded(judge), REWARD, PPO, SECONDS, 1.9)
+    summary = summarize(graded(judge), RUNS, QUALITY, SECONDS, 1.9)
     lines = {line[:24].strip(): line[24:].split("  ") for line in results_table(summary, graded(judge)).splitlines()}
     cells = {name: [cell.strip() for cell in line if cell.strip()] for name, line in lines.items()}
     assert cells["SFT"] == ["-0.50", "50%", "+1.50"]
@@ -111,7 +146,34 @@ def test_the_table_has_a_line_for_each_policy_and_each_stage():
     assert cells["PPO"] == ["0.50", "0%", "+1.50", "0.75 (0.20 to 0.97)"]
     text = results_table(summary, graded(judge))
     assert "0.84 (0.80 to 0.88)" in text and " 3.14\n" in text and "no judge" not in text
+    assert "lengths alone reach" in text and " 0.61\n" in text
     assert [line.split()[-1] for line in text.splitlines() if "seconds" in line] == ["88", "15", "60", "172"]
+
+
+DPO_RUNS = {"sft": {"metrics": {}}, "dpo": REWARD, "answers": {}}
+
+
+def test_dpo_has_an_accuracy_of_its_own_and_no_reward_model():
+    answers = graded_dpo(judge)
+    summary = summarize(answers, DPO_RUNS, None, {"sft": 1.0, "dpo": 2.0, "total": 3.0}, 1.0)
+    assert summary == {
+        "seconds": {"sft": 1.0, "dpo": 2.0, "total": 3.0},
+        "dpo_accuracy": {"value": 0.84, "ci95": [0.8012, 0.88], "num_pairs": 9},
+        "judge": {"sft": {"mean": -0.5, "correct": 0.5}, "dpo": {"mean": 0.5, "correct": 0.0}},
+        "win_rate": {"dpo_vs_sft": {"value": 0.75, "ci95": [0.1979, 0.9733], "num_prompts": 2}},
+        "peak_rss_gb": 1.0,
+    }
+    text = results_table(summary, answers)
+    assert "DPO: accuracy on 9 held-out pairs (95 %)" in text and "reward model" not in text
+    assert "\n  DPO [+2.00] aaa\n" in before_and_after(answers)
+
+
+def test_dpo_without_a_judge_has_answers_only():
+    answers = graded_dpo(None)
+    summary = summarize(answers, DPO_RUNS, None, {"total": 3.0}, 1.0)
+    assert "win_rate" not in summary and "judge" not in summary
+    assert "no judge and no reward model for this task" in results_table(summary, answers)
+    assert "SFT [no score] a" in before_and_after(answers)
 
 
 def test_the_answers_shown_are_the_first_ones():

@@ -21,6 +21,7 @@ RECIPES = sorted((ROOT / "training").glob("step*/training_scripts/*/*/run_*.sh")
 PATHS = {
     "step1_supervised_finetuning": ["--model_name_or_path", "a b", "--data_path", "c d", "e", "--output_dir", "o p"],
     "step2_reward_model_finetuning": ["--model_name_or_path", "a b", "--data_path", "c d", "e", "--output_dir", "o p"],
+    "step2_dpo_finetuning": ["--model_name_or_path", "a b", "--data_path", "c d", "e", "--output_dir", "o p"],
     "step3_rlhf_finetuning": ["--actor_model_name_or_path", "a b", "--critic_model_name_or_path", "x y"]
     + ["--data_path", "c d", "e", "--output_dir", "o p"],
 }
@@ -28,11 +29,11 @@ STUB = '#!/usr/bin/env bash\nprintf \'%s\\0\' "$0" "$@"\n'  # says how it was ca
 
 
 def name_of(recipe):
-    return "/".join([recipe.parts[-5].split("_")[0], *recipe.parts[-3:]])
+    return "/".join([recipe.parts[-5].removesuffix("_finetuning"), *recipe.parts[-3:]])
 
 
-def load_program(stage):
-    spec = importlib.util.spec_from_file_location(f"program_{stage}", ROOT / "training" / stage / "main.py")
+def load_program(stage, name="main.py"):
+    spec = importlib.util.spec_from_file_location(f"program_{stage}_{name[:-3]}", ROOT / "training" / stage / name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -124,9 +125,10 @@ def test_e2e_reads_the_flags_that_the_programs_have(configs):
     e2e = importlib.import_module("e2e_rlhf")
     kinds = {int: "int", float: "float", bool: "bool", str: "str", list[str]: "list[str]"}
     everywhere: dict[str, str] = {}
-    for step, stage in e2e.FOLDERS.items():
-        hints = typing.get_type_hints(configs[stage])
+    for key, stage in e2e.STAGES.items():
+        config = load_program(*stage.program.split("/")).Config
+        hints = typing.get_type_hints(config)
         wanted = {name: kinds.get(hint, str(hint)) for name, hint in hints.items() if name not in e2e.SET_HERE}
-        assert e2e.flag_types(step) == wanted | {"config": "str"}
+        assert e2e.flag_types(key) == wanted | {"config": "str"}
         for name, kind in wanted.items():
             assert everywhere.setdefault(name, kind) == kind, "a flag given to every stage means the same in each"
