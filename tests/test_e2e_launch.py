@@ -60,6 +60,9 @@ def test_it_starts_light():
     assert float(seconds) < 1 and heavy == []
 
 
+ALLOW = "--allow_weak_reward_model"  # two steps make no good one
+
+
 def run_real(*flags, cwd, num_ranks=1):
     small = ["--max_steps", "2", "--max_eval_samples", "12", "--ppo.max_answer_seq_len", "12", "--ppo.best_of_n", "2"]
     sizes = ["--ppo.per_device_generation_batch_size", "8", "--ppo.per_device_training_batch_size", "8"]
@@ -71,11 +74,14 @@ def run_real(*flags, cwd, num_ranks=1):
 
 
 def test_the_real_stages_end_to_end(tmp_path):
-    result = run_real("--seed", "9", "--output-dir", "my out", cwd=tmp_path)
+    refused = run_real("--seed", "9", "--output-dir", "my out", cwd=tmp_path)
+    assert refused.returncode == 2 and "is too weak a reward model for PPO" in refused.stderr.splitlines()[-1]
+    result = run_real("--seed", "9", "--output-dir", "my out", "--step", "3", ALLOW, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "my out"
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == {"seconds", "reward_accuracy", "judge", "win_rate", "kl_per_seq", "peak_rss_gb"}
+    names = {"seconds", "reward_accuracy", "reward_quality", "judge", "win_rate", "kl_per_seq", "peak_rss_gb"}
+    assert set(summary) == names and "cannot be told from chance" in summary["reward_quality"]["weakness"]
     assert set(summary["judge"]) == {"sft", "best_of_2", "ppo"} and 0.2 < summary["peak_rss_gb"] < 10
     assert summary["reward_accuracy"]["num_pairs"] == summary["win_rate"]["ppo_vs_sft"]["num_prompts"] == 12
     for directory, role in (
@@ -96,6 +102,20 @@ def test_the_real_stages_end_to_end(tmp_path):
     ]
 
 
+def test_the_real_stages_with_dpo(tmp_path):
+    sizes = ["--method", "dpo", "--dpo.per_device_train_batch_size", "8", "--answers.max_new_tokens", "12"]
+    command = [sys.executable, str(PROGRAM), "--max_steps", "2", "--max_eval_samples", "12", "--seed", "9", *sizes]
+    command += ["--sft.per_device_train_batch_size", "8", "--answers.num_prompts", "12", "--deployment-type", "cpu"]
+    env = {name: text for name, text in os.environ.items() if name != "DSCHAT_LAUNCH"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "output/summary.json").read_text())
+    assert set(summary) == {"seconds", "dpo_accuracy", "judge", "win_rate", "peak_rss_gb"}
+    assert set(summary["judge"]) == {"sft", "dpo"} and summary["win_rate"]["dpo_vs_sft"]["num_prompts"] == 12
+    assert list(summary["seconds"]) == ["sft", "dpo", "answers", "total"]
+    assert (tmp_path / "output/dpo-models/toy/model.safetensors").is_file()
+
+
 def test_a_real_mistake_in_the_data_is_the_last_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     result = run_real("--data-path", "bad.jsonl", cwd=tmp_path)
@@ -104,7 +124,7 @@ def test_a_real_mistake_in_the_data_is_the_last_line(tmp_path):
 
 @pytest.mark.long
 def test_two_ranks_through_the_deepspeed_launcher(tmp_path):
-    result = run_real("--actor-zero-stage", "2", cwd=tmp_path, num_ranks=2)
+    result = run_real("--actor-zero-stage", "2", ALLOW, cwd=tmp_path, num_ranks=2)
     assert result.returncode == 0, result.stderr
     run = json.loads((tmp_path / "output/step3-models/toy/run.json").read_text())
     assert run["config"]["actor_zero_stage"] == 2
