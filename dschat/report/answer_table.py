@@ -161,7 +161,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most ``width`` cells of a terminal, of which a Chinese character takes two. A control character,
     which a terminal would obey, becomes a question mark in a box."""
     lines = []
-    for paragraph in text.expandtabs(4).splitlines() or [""]:
+    for paragraph in text.expandtabs(4).splitlines():
         safe = "".join("\ufffd" if unicodedata.category(c) == "Cc" else c for c in paragraph)
         filled = "".join(c + FILLER * (_num_cells(c) - 1) for c in safe)
         lines += textwrap.wrap(filled, width, break_on_hyphens=False) or [""]

@@ -160,9 +160,12 @@ def results_table(summary: dict[str, Any], graded: dict[str, Graded]) -> str:
         run += [["PPO: KL to SFT, in nats a sequence", f"{summary['kl_per_seq']:.2f}"]]
     run += [[f"{LABELS.get(name, name)}: seconds", f"{value:.0f}"] for name, value in summary["seconds"].items()]
     run += [["peak memory of one process, in GB", f"{summary['peak_rss_gb']:.1f}"]]
-    by = "\n(no judge for this task: better means a higher score of the reward model)" if has_reward else ""
-    by = "" if has_judge else by or "\n(no judge and no reward model for this task: read the answers)"
-    return table([*header, "better than SFT (95 %)"], policies) + by + "\n\n" + table(["the run", ""], run)
+    answers = table([*header, "better than SFT (95 %)"], policies)
+    if not has_judge and has_reward:
+        answers += "\n(no judge for this task: better means a higher score of the reward model)"
+    elif not has_judge:
+        answers = "no judge and no reward model for this task: read the answers"
+    return answers + "\n\n" + table(["the run", ""], run)
 
 
 def before_and_after(graded: dict[str, Graded], count: int = 5) -> str:
