@@ -261,19 +261,27 @@ def test_the_whole_held_out_set_is_measured_and_the_saved_policy_is_the_measured
 
     model, found = model_dirs("llama"), []
     for size in (1, 3, 100):
-        flags = {"per_device_eval_batch_size": size, "max_steps": 4, "loss_type": loss_type}
+        flags = {
+            "per_device_eval_batch_size": size,
+            "max_steps": 4,
+            "loss_type": loss_type,
+            "max_seq_len": 44,
+            "eval_fraction": 0.5,
+        }
         found.append(lines(dpo(model, data_file, cache_dir, tmp_path / str(size), **flags))[-1])
     config = program("dpo").Config(
-        model_name_or_path=model, data_path=[data_file], output_dir="x", eval_fraction=0.2, data_output_path=cache_dir
+        model_name_or_path=model, data_path=[data_file], output_dir="x", eval_fraction=0.5, data_output_path=cache_dir
     )
     kind = "feedback" if loss_type == "kto" else "preference"
-    held_out = list(load_rows(config.data_spec(7), kind, load_tokenizer(model), 64).eval)
+    held_out = list(load_rows(config.data_spec(7), kind, load_tokenizer(model), 44).eval)
     policy, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tmp_path / "3", model))
     c = CONSTANTS[loss_type]
     with torch.no_grad():
         if loss_type == "kto":
             others = [held_out[i] for i in mismatched_rows(len(held_out), 7)]
-            losses = kto_losses(c, policy, reference, held_out, others, 64)
+            borrowed = (len(o["input_ids"]) - o["prompt_len"] for o in others)
+            assert any(r["prompt_len"] + size > 44 for r, size in zip(held_out, borrowed, strict=True)), "one is cut"
+            losses = kto_losses(c, policy, reference, held_out, others, 44)
             num = found[1]["eval/num_good"] + found[1]["eval/num_bad"]
         else:
             losses = [pair_loss(loss_type, c, policy, reference, row) for row in held_out]
@@ -316,6 +324,14 @@ def test_another_template_or_one_changed_answer_is_computed_again(model_dirs, da
         dpo(model_dirs("llama"), data, tmp_path / "cache", tmp_path / str(number), max_steps=1, **flags)
         told.append(capsys.readouterr().out.count("read from the cache"))
     assert told == [0, 0, 0, 2]
+
+
+def test_another_start_model_is_another_reference(model_dirs, data_file, tmp_path, capsys):
+    trained = dpo(model_dirs("llama"), data_file, tmp_path / "cache", tmp_path / "a")
+    capsys.readouterr()
+    out = dpo(trained, data_file, tmp_path / "cache", tmp_path / "b")
+    assert "read from the cache" not in capsys.readouterr().out
+    assert lines(out)[0]["eval/margin"] == 0
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
@@ -480,6 +496,11 @@ def test_a_loss_that_is_no_number_stops_the_run(model_dirs, data_file, cache_dir
     flags = {"learning_rate": 1e30, "max_steps": 3, "lr_scheduler_type": "constant"}
     with pytest.raises(RuntimeError, match="the loss is nan; lower --learning_rate"):
         dpo(model_dirs("llama"), data_file, cache_dir, tmp_path, **flags)
+
+
+def test_a_dialogue_that_the_model_has_no_positions_for(model_dirs, data_file, cache_dir, tmp_path):
+    with pytest.raises(UserError, match="256 positions"):
+        dpo(model_dirs("llama"), data_file, cache_dir, tmp_path, max_seq_len=300)
 
 
 def test_one_held_out_pair_at_least(model_dirs, tmp_path):

@@ -222,6 +222,17 @@ def test_a_missing_model_and_one_that_is_too_short(model_dirs, data_file, cache_
         run("sft", data_file, cache_dir, tmp_path, model_name_or_path=model_dirs("llama"), max_seq_len=300)
 
 
+@pytest.mark.parametrize("stage", STEPS)
+def test_a_run_with_nothing_to_evaluate_on_is_refused(stage, trained, cache_dir, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a?", "chosen": "b", "rejected": "c"}')
+    models = {"model_name_or_path": trained["sft"]}
+    if stage == "ppo":
+        models = {"actor_model_name_or_path": trained["sft"], "critic_model_name_or_path": trained["reward"]}
+    split = {"sft": "1,0,0", "ppo": "0,0,1"}.get(stage, "0,1,0")
+    with pytest.raises(UserError, match="left .*to evaluate on; give more --data_path, or --eval_data_path"):
+        run(stage, str(tmp_path / "one.jsonl"), cache_dir, tmp_path / "out", data_split=split, **models)
+
+
 # Flags
 
 

@@ -262,7 +262,7 @@ def by_ids(directory, ids):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
 
 
-def test_the_embedded_task_is_judged_by_its_own_judge(run, both):
+def test_the_embedded_task_is_judged_by_its_own_judge(run, both, place):
     lines, summary = run(both[0], data_path="toy", num_prompts=5)
     rows = lines["model", "greedy"]
     held_out = {question for _, question in toy.questions("eval")}
@@ -271,6 +271,9 @@ def test_the_embedded_task_is_judged_by_its_own_judge(run, both):
         verdict = toy.judge(row["prompt"], row["response"])
         assert (row["judge"], row["correct"]) == (verdict.score, verdict.correct)
     assert summary["answers"][0]["correct"] == 0.0
+    # What is asked counts, not what stands beside it.
+    assert run(both[0], eval_data_path="toy", num_prompts=2)[1]["judge"] == "toy"
+    assert run(both[0], data_path="toy", eval_data_path=place / "questions.jsonl")[1]["judge"] is None
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dschat.data.stages import (
     tokenize_rankings,
     tokenize_sft,
 )
+from dschat.errors import UserError
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,14 @@ class StageRows:
     train: datasets.Dataset
     eval: datasets.Dataset
     dropped: Counter[str] = field(default_factory=Counter)
+
+    def require_held_out(self) -> None:
+        """
+        Raises:
+            UserError: nothing is held out, so that nothing could be said of what was learned.
+        """
+        if not len(self.eval):
+            raise UserError("no rows are left to evaluate on; give more --data_path, or --eval_data_path")
 
     def summary(self, noun: str) -> str:
         lines = [f"data: {len(self.train)} {noun} to train on, {len(self.eval)} held out"]

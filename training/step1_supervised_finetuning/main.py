@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with main_process_first(runtime):
         data = load_rows(config.data_spec(config.seed), "sft", tokenizer, config.max_seq_len)
+    data.require_held_out()
     console.print(data.summary("dialogues"))
     train_batches = training_batches(
         len(data.train),

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.ptx_data_path:
             longest = config.max_prompt_seq_len + config.max_answer_seq_len
             ptx_rows = load_rows(config.ptx_spec(), "sft", tokenizer, longest).train
+    data.require_held_out()
     console.print(data.summary("prompts"))
     held_out = held_out_prompts(data.eval, runtime)
     num_prompts = config.per_device_generation_batch_size * config.generation_batches * runtime.world_size
