@@ -149,3 +149,8 @@ def test_toy_records_already_belong_to_a_stage(tmp_path, stage_data, monkeypatch
     assert len(stage_data("preference", "toy")[0]) == 5, "its records are not made again"
     write(tmp_path / "toy.py", [{}])
     assert questions(stage_data("preference", "toy")[0]) == ["question new"], "unless its code changed"
+    stub.records = lambda stage, part: iter([pair(f"{stage} {part} newest")])
+    monkeypatch.setattr("dschat.data.toy_facts.__file__", write(tmp_path / "toy_facts.py", []))
+    for stage in ("preference", "prompt"):
+        train, evaluation, _ = stage_data(stage, "toy")
+        assert questions(train) + questions(evaluation) == [f"question {stage} {p} newest" for p in ("train", "eval")]

@@ -1,6 +1,7 @@
 """Examples -> rows of token ids for each stage: what is kept, cut, dropped, counted and cached."""
 
 import json
+from collections import Counter
 
 from dschat.data import stages
 from dschat.data.sources import load_examples, load_stage_data
@@ -241,6 +242,37 @@ def test_nothing_held_out_is_an_empty_table_of_the_same_columns(tokenize):
     full, _ = tokenize(examples(row), TOKENIZER, 40)
     empty, counter = tokenize(examples(row).select([]), TOKENIZER, 40)
     assert len(empty) == 0 and not counter and empty.features == full.features
+
+
+@pytest.mark.parametrize(
+    "tokenize", [tokenize_sft, tokenize_rankings, tokenize_preferences, tokenize_feedback, tokenize_prompts]
+)
+def test_many_examples_are_mapped_as_few(tokenize):
+    """The map takes 200 at a time; its counts are of all."""
+    rows = [
+        {"prompt": turns("a", "b", f"q{n}" * (n % 7 + 1)), "responses": ["x", "y" * (n % 30)], "ranks": [1, 2]}
+        for n in range(450)
+    ]
+    whole, counts = tokenize(examples(*rows), TOKENIZER, 60)
+    parts = [tokenize(examples(*rows[start : start + 90]), TOKENIZER, 60) for start in range(0, 450, 90)]
+    assert whole[:] == datasets.concatenate_datasets([table for table, _ in parts])[:]
+    assert counts == sum((counter for _, counter in parts), Counter()) and counts.total() > 100
+
+
+def test_of_records_with_the_same_prompt_the_first_counts_however_far_apart():
+    rows = [{"prompt": turns(f"q{n % 1050}"), "metadata": json.dumps({"n": n})} for n in range(1100)]
+    table, counter = tokenize_prompts(examples(*rows), TOKENIZER, 40)
+    assert [json.loads(record)["n"] for record in table["record"]] == list(range(1050))
+    assert counter == {"prompt seen before": 50}
+
+
+def test_digests_are_equal_for_equal_ids_alone():
+    rows = [[1, 2], [1, 3], [1, 2], [1], [], [2, 1], [1, 2, 0], [], [258]]
+    table = datasets.Dataset.from_dict({"ids": rows}, features=datasets.Features({"ids": stages._IDS}))
+    digests = list(stages._digests(table))
+    assert [digests.index(digest) for digest in digests] == [rows.index(row) for row in rows]
+    picked = table.select([8, 2, 0, 4, 4])
+    assert list(stages._digests(picked)) == [digests[row] for row in (8, 2, 0, 4, 4)]
 
 
 def test_drop_first_turn():

@@ -1,6 +1,7 @@
 """The renderer and the tokenizer's promises, on a real BPE tokenizer with the plain and a ChatML-like template."""
 
-from dschat.data.templates import encode_dialogue, encode_prompt, ensure_template, neutralize
+from dschat.data import templates
+from dschat.data.templates import encode_answers, encode_dialogue, encode_prompt, ensure_template, neutralize
 from dschat.data.tokenizer import load_tokenizer, train_tokenizer
 from dschat.errors import UserError
 
@@ -147,6 +148,12 @@ def test_template_that_refuses_a_role_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+@both
+def test_a_dialogue_that_begins_with_an_answer_cannot_be_rendered(tokenizer):
+    with pytest.raises(UserError, match="cannot render"):
+        encode_dialogue(tokenizer, DIALOGUE[2:3])
+
+
 def test_ensure_template(tmp_path):
     tokenizer = chatml_tokenizer()
     ensure_template(tokenizer, "auto")
@@ -176,6 +183,78 @@ def test_bos_comes_first_only_where_the_tokenizer_adds_it():
     ids, mask = encode_dialogue(with_bos, DIALOGUE[1:])
     assert ids[0] == with_bos.bos_token_id and ids.count(with_bos.bos_token_id) == 1 and not mask[0]
     assert with_bos.decode(ids[1:]).startswith("\n\nHuman: Hi\n\nAssistant: Hello!<|endoftext|>")
+
+
+def plain_with_bos():
+    tokenizer = train_tokenizer(CORPUS, 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    ensure_template(tokenizer, "plain")
+    return tokenizer
+
+
+PLAIN_BOS = plain_with_bos()
+roles = st.sampled_from(["system", "user", "assistant"])
+any_message = st.builds(dict, role=roles, content=hostile | st.sampled_from(["", " ", "{{ x }}", "\n"]))
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, PLAIN_BOS], ids=["plain", "with bos"])
+@settings(max_examples=100, deadline=None)
+@given(messages=st.lists(any_message, min_size=1, max_size=6), generate=st.booleans())
+def test_the_plain_template_is_rendered_as_jinja_does(tokenizer, messages, generate):
+    options = {"tokenize": False, "add_generation_prompt": generate}
+    assert templates._render_plain(tokenizer, messages, generate) == tokenizer.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, PLAIN_BOS, CHAT], ids=["plain", "with bos", "chatml"])
+@settings(max_examples=50, deadline=None)
+@given(questions=st.lists(hostile, min_size=1, max_size=3), answers=st.lists(hostile | st.just(""), max_size=4))
+def test_answers_together_are_those_one_by_one(tokenizer, questions, answers):
+    """And piece by piece: each segment as the tokenizer encodes it alone."""
+    prompt = [message for q in questions for message in ({"role": "user", "content": q}, DIALOGUE[2])][:-1]
+    together = encode_answers(tokenizer, prompt, answers)
+    assert together == [encode_dialogue(tokenizer, [*prompt, {"role": "assistant", "content": a}]) for a in answers]
+    segments = templates._segments(tokenizer, templates._neutral(tokenizer, prompt), generate=True)
+    pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in segments]
+    assert encode_prompt(tokenizer, prompt) == sum(pieces, [])
+
+
+class SlowWay(PreTrainedTokenizerFast):
+    """A class with a step of its own, as CodeLlama's and CPM's have."""
+
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus([word.upper() for word in text], *args, **kwargs)
+
+
+def test_the_direct_way_to_the_rust_tokenizer_is_taken_only_where_it_is_the_same():
+    texts = ["hello", "", "a <|endoftext|> b"]
+    direct = templates._token_ids(PLAIN, texts)
+    assert direct == [PLAIN(text, add_special_tokens=False)["input_ids"] for text in texts] and direct[1] == []
+    own = SlowWay(tokenizer_object=plain_with_bos().backend_tokenizer, eos_token="<|endoftext|>")
+    assert templates._token_ids(own, texts)[0] == PLAIN("HELLO")["input_ids"], "without the special token in front"
+    tokenizer = train_tokenizer(CORPUS, 300)
+    for options in ({"padding": True}, {"truncation": True, "max_length": 2}):  # it stays on in the Rust tokenizer
+        assert tokenizer(texts, **options)["input_ids"] != direct
+        assert templates._token_ids(tokenizer, texts) == direct
+    tokenizer.split_special_tokens = True  # its special tokens are text from now on
+    assert templates._token_ids(tokenizer, texts)[2] == tokenizer(texts[2], add_special_tokens=False)["input_ids"]
+    assert templates._token_ids(tokenizer, texts)[2] != direct[2]
+
+
+def test_markers_follow_the_tokenizer():
+    tokenizer = train_tokenizer(CORPUS, 300)
+    text = "a <tool> b <|turn|> c hello"
+    assert neutralize(text, tokenizer) == text
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    assert neutralize(text, tokenizer) == "a < tool> b <|turn|> c hello"
+    tokenizer.chat_template = "{{ '<|turn|>' }}"
+    assert neutralize(text, tokenizer) == "a < tool> b < |turn|> c hello"
+    tokenizer.eos_token = "hello"
+    assert neutralize(text, tokenizer).endswith("c h ello")
+    tokenizer.add_tokens([tokenizers.AddedToken(text, special=True) for text in ("ab", "xab")])
+    assert neutralize("xab", tokenizer) == "x a b", "the longest first"
 
 
 def test_training_a_tokenizer_is_deterministic_and_lossless():

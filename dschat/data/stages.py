@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 from dschat.data.records import Message, to_json
@@ -87,13 +87,20 @@ def tokenize_prompts(
     """
     columns = {"prompt_ids": _IDS, "messages": _MESSAGES, "record": datasets.Value("string")}
     table, counter = _tokenize(dataset, _prompt_rows, columns, tokenizer, max_prompt_seq_len, num_workers)
-    prompts = table.select_columns("prompt_ids").with_format("numpy").iter(1000)
-    digests = (hashlib.sha256(ids.tobytes()).digest()[:16] for batch in prompts for ids in batch["prompt_ids"])
-    first = np.sort(np.unique(np.fromiter(digests, "S16", len(table)), return_index=True)[1])
+    digests = np.fromiter(_digests(table.select_columns("prompt_ids")), "S16", len(table))
+    first = np.sort(np.unique(digests, return_index=True)[1])
     if len(first) < len(table):
         counter["prompt seen before"] = len(table) - len(first)
         table = table.select(first)
     return table, counter
+
+
+def _digests(table: datasets.Dataset) -> Iterator[bytes]:
+    """16 bytes for each row of the only column, of token ids: equal ones for equal ids."""
+    for batch in table.with_format("arrow").iter(1000):
+        column = batch.column(0).combine_chunks()
+        ids, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+        yield from (hashlib.sha256(ids[start:end].tobytes()).digest()[:16] for start, end in pairwise(offsets))
 
 
 def _sft_rows(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> Rows:

@@ -51,7 +51,7 @@ def load_causal_lm(
     if path == "toy":
         model = AutoModelForCausalLM.from_config(toy_config(tokenizer), dtype=dtype)
     else:
-        config = _config(path)
+        config = load_config(path)
         if model_role(path, config) != POLICY:
             raise UserError(f"{path} is a reward model, not a language model; give the directory of step 1")
         model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype)
@@ -72,7 +72,9 @@ def load_scorer(
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         missing = ["score.weight"]
     else:
-        model, info = _from_pretrained(AutoModelForSequenceClassification, path, _config(path), dtype, num_labels=1)
+        model, info = _from_pretrained(
+            AutoModelForSequenceClassification, path, load_config(path), dtype, num_labels=1
+        )
         missing = list(info["missing_keys"])
     _require(path, [name for name in missing if not name.startswith("score.")])
     if missing:
@@ -104,7 +106,7 @@ def load_trained_scorer(
     """
     if path == "toy":
         raise UserError("toy is not a trained reward model; run step 2 first and give its --output_dir")
-    config = _config(path)
+    config = load_config(path)
     if model_role(path, config) == POLICY:
         raise UserError(f"{path} is a language model, not a reward model; give the directory of step 2")
     if config.num_labels != 1:
@@ -194,7 +196,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     ).save_pretrained(directory)
 
 
-def _config(path: str) -> PretrainedConfig:
+def load_config(path: str) -> PretrainedConfig:
+    """
+    Raises:
+        UserError: no model is there, or an adapter, or the parent of one.
+    """
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
-from dschat.models.load import POLICY, _config, load_trained_scorer, model_role
+from dschat.models.load import POLICY, load_config, load_trained_scorer, model_role
 from dschat.models.scorer import STATS_FILE, Scorer, check_probes, load_score_stats
 from dschat.rlhf.reward_api import ApiReward
 from dschat.rlhf.reward_sources import FullReward, FunctionReward
@@ -126,7 +126,7 @@ def check_judge(specs: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, 
             ApiReward(spec.target, tokenizer, batch_size=1).check()
         elif spec.kind == "function":
             FunctionReward(spec.target, tokenizer)
-        elif spec.target != TOY and model_role(spec.target, _config(spec.target)) == POLICY:
+        elif spec.target != TOY and model_role(spec.target, load_config(spec.target)) == POLICY:
             raise UserError(f"{spec.target} is a language model, not a reward model; give the directory of step 2")
 
 

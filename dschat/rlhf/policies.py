@@ -12,7 +12,7 @@ from dschat.data.stages import SHORTENED, drop_first_turn, tokenize_prompts
 from dschat.data.templates import encode_prompt
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
-from dschat.models.load import POLICY, _config, load_causal_lm, max_positions, model_role
+from dschat.models.load import POLICY, load_causal_lm, load_config, max_positions, model_role
 
 import datasets
 import torch
@@ -48,7 +48,7 @@ def open_policies(paths: Sequence[str], chat_template: str) -> list[Policy]:
             raise UserError(
                 "--model_name_or_path toy: the embedded model has no trained weights; train it with python e2e_rlhf.py"
             )
-        config = _config(path)
+        config = load_config(path)
         if model_role(path, config) != POLICY:
             raise UserError(f"{path} is a reward model, not a language model; give it as --reward or --judge")
         policies.append(Policy(name, path, load_tokenizer(path, chat_template), max_positions(config)))
