@@ -68,7 +68,7 @@ class SupervisedFlags(RunFlags, DataFlags):
     """Steps 1 and 2: one trained model, one loss over a data set."""
 
     model_name_or_path: str = flag(help="a Hugging Face directory, a hub name or 'toy' (the embedded model)")
-    per_device_train_batch_size: int = flag(16, "rows (step 2: pairs) per rank and micro-batch")
+    per_device_train_batch_size: int = flag(16, "rows per rank and micro-batch; step 2: prompts with their answers")
     per_device_eval_batch_size: int = flag(16, "the same in evaluation")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     max_seq_len: int = flag(512, "tokens of a whole dialogue; longer ones lose their earliest turns")
