@@ -71,6 +71,9 @@ class SupervisedFlags(RunFlags, DataFlags):
     per_device_train_batch_size: int = flag(16, "rows per rank and micro-batch; step 2: prompts with their answers")
     per_device_eval_batch_size: int = flag(16, "the same in evaluation")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    max_tokens_per_batch: int = flag(
+        0, "micro-batches of so many tokens with padding, of a step's rows sorted by length; 0: by number of rows"
+    )
     max_seq_len: int = flag(512, "tokens of a whole dialogue; longer ones lose their earliest turns")
     learning_rate: float = flag(1e-5, "peak")
     weight_decay: float = flag(0.0, "of matrices; biases and norms never decay")
@@ -93,7 +96,7 @@ class SupervisedFlags(RunFlags, DataFlags):
             "max_seq_len",
             "learning_rate",
         )
-        require_not_negative(self, "weight_decay", "num_warmup_steps")
+        require_not_negative(self, "weight_decay", "num_warmup_steps", "max_tokens_per_batch")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout}: expected a probability of at least 0 and below 1")
 

@@ -2,7 +2,15 @@
 
 from itertools import islice
 
-from dschat.data.loader import collate_prompts, collate_rankings, collate_sft, epoch_batches, prompt_stream
+from dschat.data.loader import (
+    MicroBatch,
+    collate_prompts,
+    collate_rankings,
+    collate_sft,
+    epoch_batches,
+    prompt_stream,
+    split_by_tokens,
+)
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import train_tokenizer
 
@@ -96,6 +104,34 @@ def test_collate_sft():
     )
     assert [batch[name].dtype for name in batch] == [torch.int64, torch.bool, torch.bool]
     assert collate_sft(rows, 3, PAD)["loss_mask"][2].tolist() == [F, T, F]
+
+
+def test_split_by_tokens():
+    step = [MicroBatch([3, 0, 4], 3), MicroBatch([1, 2, 3], 2)]
+    sizes = [(1, 5), (1, 2), (2, 3), (1, 6), (1, 20)]
+    # By length 1, 2, 0, 3, 4: one sequence of 2, with two more 3 x 3, with another 4 x 5 = 20 are too many for 18.
+    split = split_by_tokens([step], 0, sizes, 18)
+    assert split == [MicroBatch([1, 2], 2), MicroBatch([0, 3], 2), MicroBatch([4], 1)]
+    short = [MicroBatch([1, 3, 3], 1), MicroBatch([3, 3, 3], 0)]
+    assert split_by_tokens([step, short], 1, sizes, 18) == [MicroBatch([1], 1), *[MicroBatch([1], 0)] * 2]
+    assert split_by_tokens([step, short], 0, sizes, 18) == split
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), sizes, sizes, sizes, st.integers(1, 60), st.integers(0, 9))
+def test_split_by_tokens_keeps_every_row_once(num_rows, batch_size, accumulation, world_size, max_tokens, seed):
+    widths = np.random.default_rng(seed).integers(1, [4, 30], size=(num_rows, 2)).tolist()
+    ranks = [epoch_batches(num_rows, batch_size, accumulation, r, world_size, seed, 0) for r in range(world_size)]
+    for step in zip(*ranks, strict=True):
+        split = [split_by_tokens(step, rank, widths, max_tokens) for rank in range(world_size)]
+        assert len({len(mine) for mine in split}) == 1, "every rank comes equally often"
+        for before, after in zip(step, split, strict=True):
+            rows = [[row for b in batches for row in b.indices[: b.num_real]] for batches in (before, after)]
+            assert sorted(rows[0]) == sorted(rows[1])
+            for batch in after:
+                real = [widths[row] for row in batch.indices[: batch.num_real]]
+                tokens = sum(w for w, _ in real) * max((n for _, n in real), default=0)
+                assert len(batch.indices) == max(1, batch.num_real) and (tokens <= max_tokens or len(real) == 1)
 
 
 def test_collate_rankings():

@@ -513,7 +513,8 @@ def test_one_held_out_pair_at_least(model_dirs, tmp_path):
 # Ranks
 
 
-def test_two_ranks_are_as_good_as_one(model_dirs, data_file, cache_dir, tmp_path):
+@pytest.mark.parametrize("max_tokens", [0, 120], ids=["by rows", "by length"])
+def test_two_ranks_are_as_good_as_one(max_tokens, model_dirs, data_file, cache_dir, tmp_path):
     """ZeRO 2, behind torchrun; ragged last micro-batches; KTO is the loss that ranks could change."""
     model = model_dirs("llama")
     trained = dpo(model, data_file, cache_dir, tmp_path / "trained")  # as the reference, so that nothing is tied
@@ -521,6 +522,7 @@ def test_two_ranks_are_as_good_as_one(model_dirs, data_file, cache_dir, tmp_path
     flags |= {"max_steps": 5, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
     dpo(model, data_file, cache_dir, tmp_path / "one", per_device_train_batch_size=6, **flags)
     flags |= {"model_name_or_path": model, "per_device_train_batch_size": 3, "per_device_eval_batch_size": 5}
+    flags |= {"max_tokens_per_batch": max_tokens}
     argv = arguments("dpo", data_file, cache_dir, tmp_path / "two", **flags)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = ROOT / "training" / STEPS["dpo"] / "main.py"

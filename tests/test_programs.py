@@ -233,13 +233,29 @@ def test_a_run_with_nothing_to_evaluate_on_is_refused(stage, trained, cache_dir,
         run(stage, str(tmp_path / "one.jsonl"), cache_dir, tmp_path / "out", data_split=split, **models)
 
 
+@pytest.mark.parametrize("flags", [{}, {"loss_type": "kto"}], ids=["pairs", "answers"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_micro_batches_by_length_make_the_same_steps(stage, flags, trained, data_file, cache_dir, tmp_path):
+    if flags and stage != "dpo":
+        flags = {"weight_decay": 0.1}
+    lines, split = [], {"sft": "1,0,0"}.get(stage, "0,1,0")
+    given = {"model_name_or_path": trained["sft"], "per_device_train_batch_size": 8, "data_split": split, **flags}
+    for tokens in (0, 100):
+        out = run(stage, data_file, cache_dir, tmp_path / str(tokens), max_tokens_per_batch=tokens, **given)
+        log = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
+        lines.append([line for line in log if "loss" in line])
+    for one, other in zip(*lines, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
 # Flags
 
 
 def test_the_flags_are_frozen():
     """A new flag is a decision: change this test with it."""
     counts = {stage: len(program(stage).Config.__dataclass_fields__) for stage in STEPS}
-    assert counts == {"sft": 31, "reward": 38, "dpo": 39, "ppo": 79}
+    assert counts == {"sft": 32, "reward": 39, "dpo": 40, "ppo": 79}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,37 @@ def epoch_batches(
     return steps
 
 
+def split_by_tokens(
+    step_of_ranks: Sequence[list[MicroBatch]], rank: int, sizes: Sequence[tuple[int, int]], max_tokens: int
+) -> list[MicroBatch]:
+    """One rank's rows of an optimizer step, shortest first, as micro-batches of at most ``max_tokens`` tokens, padding
+    counted; a row that is larger by itself stands alone. The step as a whole is what it was.
+
+    Args:
+        step_of_ranks: the step as `epoch_batches` gives it to each rank: all take equally many micro-batches from it.
+        rank: whose micro-batches to return.
+        sizes: of each row of the data, how many sequences it makes and how long the longest is, in tokens.
+    """
+    portions = [_portions(step, sizes, max_tokens) for step in step_of_ranks]
+    mine = [MicroBatch(rows, len(rows)) for rows in portions[rank]]
+    filler = MicroBatch(step_of_ranks[rank][0].indices[:1], 0)
+    return mine + [filler] * (max(map(len, portions)) - len(mine))
+
+
+def _portions(step: list[MicroBatch], sizes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[int]]:
+    rows = [row for batch in step for row in batch.indices[: batch.num_real]]
+    portions: list[list[int]] = []
+    num_sequences = 0
+    for row in sorted(rows, key=lambda row: sizes[row][1]):
+        count, longest = sizes[row]
+        if not portions or (num_sequences + count) * longest > max_tokens:
+            portions.append([])
+            num_sequences = 0
+        portions[-1].append(row)
+        num_sequences += count
+    return portions
+
+
 def prompt_stream(num_rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Endless batches of constant size: fresh permutations, one after the other without a gap."""
     if num_rows < 1:

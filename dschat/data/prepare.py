@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from dschat.data.loader import MicroBatch, epoch_batches
+from dschat.data.loader import MicroBatch, epoch_batches, split_by_tokens
 from dschat.data.sources import load_stage_data
 from dschat.data.stages import (
     tokenize_feedback,
@@ -98,7 +98,7 @@ def load_rows(spec: DataSpec, kind: str, tokenizer: PreTrainedTokenizerBase, max
 
 
 def training_batches(
-    num_rows: int,
+    rows: datasets.Dataset,
     per_device_batch_size: int,
     accumulation: int,
     rank: int,
@@ -106,8 +106,31 @@ def training_batches(
     seed: int,
     num_epochs: int,
     max_steps: int,
+    max_tokens: int = 0,
 ) -> list[list[MicroBatch]]:
-    """The optimizer steps of a whole run for one rank, each epoch in an order of its own; 0 ``max_steps``: all."""
-    sizes = (num_rows, per_device_batch_size, accumulation, rank, world_size, seed)
-    steps = [step for epoch in range(num_epochs) for step in epoch_batches(*sizes, epoch)]
-    return steps[:max_steps] if max_steps else steps
+    """The optimizer steps of a whole run for one rank, each epoch in an order of its own; 0 ``max_steps``: all.
+
+    With ``max_tokens`` above 0 the rows of a step are cut into micro-batches by length (`split_by_tokens`).
+    """
+
+    def steps_of(rank: int) -> list[list[MicroBatch]]:
+        place = (len(rows), per_device_batch_size, accumulation, rank, world_size, seed)
+        steps = [step for epoch in range(num_epochs) for step in epoch_batches(*place, epoch)]
+        return steps[:max_steps] if max_steps else steps
+
+    if not max_tokens:
+        return steps_of(rank)
+    sizes = row_sizes(rows)
+    everyone = zip(*map(steps_of, range(world_size)), strict=True)
+    return [split_by_tokens(step, rank, sizes, max_tokens) for step in everyone]
+
+
+def row_sizes(rows: datasets.Dataset) -> list[tuple[int, int]]:
+    """Of each token row, how many sequences it makes in a batch and how long the longest is, in tokens."""
+    if "chosen_ids" in rows.column_names:
+        pairs = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+        return [(2, max(len(chosen), len(rejected))) for chosen, rejected in pairs]
+    if "ranks" in rows.column_names:
+        return [(len(answers), max(map(len, answers))) for answers in rows["input_ids"]]
+    # Judged answers come with a mismatched one each, of about their length.
+    return [(2 if "good" in rows.column_names else 1, len(ids)) for ids in rows["input_ids"]]

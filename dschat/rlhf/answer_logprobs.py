@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dschat.data.loader import Batch
-from dschat.engine.distributed import Runtime, all_reduce_sum, gather_rows
+from dschat.engine.distributed import Runtime, all_reduce_max, all_reduce_sum, gather_rows
 from dschat.functional import sequence_logprobs, token_logprobs
 from dschat.models.forward import response_logits
 
@@ -53,13 +53,14 @@ def score_answers(
 
 @torch.no_grad()
 def gather_answers(parts: Sequence[AnswerLogprobs], runtime: Runtime) -> AnswerLogprobs:
-    """The real rows of all micro-batches and ranks, in the order of the global batches, without gradients.
-
-    A collective: every rank must bring as many rows.
-    """
+    """The real rows of all micro-batches and ranks, without gradients, in the order of the global batches where every
+    rank brings as many rows (micro-batches by length may differ). A collective."""
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(AnswerLogprobs)}
     whole: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
-    return AnswerLogprobs(**whole).each(lambda values: gather_rows(values.detach(), runtime)).real()
+    rows = AnswerLogprobs(**whole)
+    missing = int(all_reduce_max(len(rows.logps), runtime)) - len(rows.logps)  # filled up with rows that do not count
+    filled = rows.each(lambda values: torch.cat([values.detach(), values.new_zeros(missing, *values.shape[1:])]))
+    return filled.each(lambda values: gather_rows(values, runtime)).real()
 
 
 @torch.no_grad()

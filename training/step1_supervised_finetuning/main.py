@@ -57,13 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     data.require_held_out()
     console.print(data.summary("dialogues"))
     train_batches = training_batches(
-        len(data.train),
+        data.train,
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         *runtime.place,
         config.seed,
         config.num_train_epochs,
         config.max_steps,
+        config.max_tokens_per_batch,
     )
     eval_batches = epoch_batches(
         len(data.eval), config.per_device_eval_batch_size, 1, *runtime.place, seed=0, epoch=0, shuffle=False

@@ -90,13 +90,14 @@ def main(argv: list[str] | None = None) -> None:
     train = AnswerRows(data.train, objective.is_paired, **shape)
     held_out = AnswerRows(data.eval, objective.is_paired, **shape)
     train_batches = training_batches(
-        len(data.train),
+        data.train,
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         *runtime.place,
         config.seed,
         config.num_train_epochs,
         config.max_steps,
+        config.max_tokens_per_batch,
     )
     if config.show_batch:
         batch = train.collate(train_batches[0][0])
