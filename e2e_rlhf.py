@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from dschat.data import toy
 from dschat.errors import UserError, run_program
-from dschat.report.metrics import prepare_output_dir
+from dschat.report.metrics import prepare_output_dir, write_whole
 from dschat.report.reward_quality import QUALITY_FOLDER, read_quality
 from dschat.report.summary import (
     before_and_after,
@@ -286,12 +286,7 @@ def stage_flags(key: str, args: argparse.Namespace, model: Model, data: list[str
         flags |= {"actor_zero_stage": args.actor_zero_stage, "critic_zero_stage": args.reward_zero_stage}
     elif key == "answers":
         flags |= {"model_name_or_path": [str(outputs["sft"]), str(outputs["dpo"])], "decoding": ["sample"]}
-        flags |= {
-            "eval_fraction": 0.1,
-            "num_prompts": 300,
-            "num_shown": 0,
-            "judge": "toy" if data == ["toy"] else None,
-        }
+        flags |= {"eval_fraction": 0.1, "num_prompts": 300, "num_shown": 0}
     else:
         zero_stage = args.reward_zero_stage if key == "reward" else args.actor_zero_stage
         flags |= {"model_name_or_path": model.path, "zero_stage": zero_stage}
@@ -351,18 +346,20 @@ def report(method: str, output: Path, outputs: dict[str, Path], seconds: dict[st
     runs = {key: read_run(directory, STAGES[key].record) for key, directory in outputs.items()}
     earlier = {key: run["seconds"] for key, run in runs.items() if key not in seconds}  # as that run recorded
     times = {key: (seconds | earlier)[key] for key in runs} | {"total": total + sum(earlier.values())}
-    config = runs[METHODS[method][-1]]["config"]
-    is_toy = all(source.partition(":")[0] == "toy" for source in config["eval_data_path"] or config["data_path"])
-    judge = toy.judge if is_toy else None
-    answers = read_answers(outputs["ppo"]) if method == "ppo" else read_side_by_side(outputs["answers"])
-    graded = {name: grade(rows, judge) for name, rows in answers.items()}
+    if method == "ppo":
+        config = runs["ppo"]["config"]
+        is_toy = all(source.partition(":")[0] == "toy" for source in config["eval_data_path"] or config["data_path"])
+        judge = toy.judge if is_toy else None
+        graded = {name: grade(rows, judge) for name, rows in read_answers(outputs["ppo"]).items()}
+    else:
+        graded = read_side_by_side(outputs["answers"])
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
     peak = max(children, *(run["peak_rss_gb"] for run in runs.values()))
     quality = read_quality(outputs["reward"] / QUALITY_FOLDER) if method == "ppo" else None
     summary = summarize(graded, runs, quality, times, peak)
     path = output / "summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
     policy = outputs["ppo"] / "actor" if method == "ppo" else outputs["dpo"]
     chat = shlex.join(["python", os.path.relpath(ROOT / "chat.py"), "--path", str(policy)])
     ending = [f"written to {path}", f"chat: {chat}"]

@@ -8,17 +8,14 @@ the same reward model. One answer of each to the same 300 held-out prompts, draw
 temperature 1, is compared with the SFT model's. A run that is there already is not run again.
 """
 
-import argparse
 import json
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dschat.report.progress import table
 from dschat.report.summary import read_run, win_rate
 
-from toy_runs import ROOT, prepare, run, train
+from toy_runs import ROOT, run, train_all
 
 DPO = "step2_dpo_finetuning/training_scripts/toy/cpu/run_toy.sh"
 PPO = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
@@ -83,18 +80,8 @@ def row(seed: int, name: str, found: dict, seconds: float | None) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", help="methods, with semicolons between them", default=";".join(METHODS))
-    parser.add_argument("--output-dir", type=Path, default=Path("output/methods"))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, a thread each")
-    args = parser.parse_args()
-    methods = [name.strip() for name in args.only.split(";")]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: prepare(args.output_dir, seed, 1), args.seeds))
-        runs = [(seed, name) for name in methods for seed in args.seeds]
-        list(pool.map(lambda pair: train(args.output_dir, *pair, *METHODS[pair[1]], 1), runs))
-    rows = [found for seed in args.seeds for found in ask(args.output_dir, seed, methods)]
+    output, seeds, methods = train_all(__doc__, METHODS, "methods")
+    rows = [found for seed in seeds for found in ask(output, seed, methods)]
     order = ["sft", *methods, BEST]
     rows.sort(key=lambda cells: (order.index(cells[0]), cells[1]))
     header = ["method", "seed", "better than SFT (95 %)", "judge", "correct", "tokens", "seconds of training"]

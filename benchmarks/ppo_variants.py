@@ -7,16 +7,13 @@ Steps 1 and 2 run once per seed, by the recipes. Each variant changes the recipe
 all train on the same number of answers. A run that is there already is not run again.
 """
 
-import argparse
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dschat.data.toy import judge
 from dschat.report.progress import table
 from dschat.report.summary import PPO, SFT, grade, read_answers, read_run, win_rate
 
-from toy_runs import prepare, train
+from toy_runs import folder, train_all
 
 RECIPE = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
 # Four answers to each of 25 prompts are as many as one to each of 100.
@@ -29,14 +26,6 @@ VARIANTS = {
     "grpo": f"--advantage_estimator grpo --kl_in loss --kl_penalty k3 {GROUPS}",
     "reinforce_pp": "--advantage_estimator reinforce_pp",
 }
-
-
-def folder(variant: str) -> str:
-    return variant.replace(", ", "-").replace(" ", "-")
-
-
-def train_variant(output: Path, seed: int, variant: str) -> None:
-    train(output, seed, folder(variant), RECIPE, f"--best_of_n 0 {VARIANTS[variant]}", 1)
 
 
 def row(output: Path, seed: int, variant: str) -> list[str]:
@@ -58,19 +47,10 @@ def row(output: Path, seed: int, variant: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", help="variants, with semicolons between them", default=";".join(VARIANTS))
-    parser.add_argument("--output-dir", type=Path, default=Path("output/ppo-variants"))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, a thread each")
-    args = parser.parse_args()
-    variants = [name.strip() for name in args.only.split(";")]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: prepare(args.output_dir, seed, 1), args.seeds))
-        runs = [(seed, variant) for variant in variants for seed in args.seeds]
-        list(pool.map(lambda pair: train_variant(args.output_dir, *pair), runs))
+    programs = {name: (RECIPE, f"--best_of_n 0 {flags}") for name, flags in VARIANTS.items()}
+    output, seeds, variants = train_all(__doc__, programs, "ppo-variants")
     header = ["variant", "seed", "better than SFT (95 %)", "judge", "correct", "KL", "seconds"]
-    print(table(header, [row(args.output_dir, seed, variant) for seed, variant in runs]))
+    print(table(header, [row(output, seed, variant) for variant in variants for seed in seeds]))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from dschat.data.loader import (
     prompt_stream,
     split_by_tokens,
 )
+from dschat.data.prepare import row_sizes
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import train_tokenizer
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,20 @@ def test_split_by_tokens():
     short = [MicroBatch([1, 3, 3], 1), MicroBatch([3, 3, 3], 0)]
     assert split_by_tokens([step, short], 1, sizes, 18) == [MicroBatch([1], 1), *[MicroBatch([1], 0)] * 2]
     assert split_by_tokens([step, short], 0, sizes, 18) == split
+
+
+@pytest.mark.parametrize(
+    ("row", "size"),
+    [
+        ({"input_ids": [1, 2, 3], "loss_mask": [False, True, True]}, (1, 3)),
+        ({"input_ids": [[1, 2], [1, 2, 3, 4], [1]], "ranks": [1, 2, 2]}, (3, 4)),
+        ({"chosen_ids": [1, 2], "rejected_ids": [1, 2, 3]}, (2, 3)),
+        ({"input_ids": [1, 2, 3], "good": True}, (2, 3)),
+    ],
+    ids=["sft", "ranking", "preference", "feedback"],
+)
+def test_what_a_row_makes_in_a_batch(row, size):
+    assert row_sizes(datasets.Dataset.from_list([row, row])) == [size, size]
 
 
 @settings(max_examples=100, deadline=None)

@@ -63,7 +63,10 @@ if is_answers:
     with open(output / "answers.jsonl", "w") as file:
         for model, text in (("sft", "Berlin."), ("dpo", "Paris.")):
             for prompt in asked:
+                right = "--data_path toy" in " ".join(flags) and "France" in prompt and text == "Paris."
                 row = {"model": model, "decoding": "sample", "prompt": prompt, "response": text, "score": None}
+                judged = "--data_path toy" in " ".join(flags)
+                row |= {"judge": 1.5 if right else -0.5 if judged else None, "correct": right if judged else None}
                 file.write(json.dumps(row) + "\\n")
 elif step == 3:
     is_toy = (config["eval_data_path"] or config["data_path"]) == ["toy"]
@@ -151,13 +154,13 @@ def test_dpo_takes_the_place_of_the_reward_model_and_ppo(run):
     assert value(dpo, "--output_dir") == "output/dpo-models/toy" and value(dpo, "--zero_stage") == "1"
     start = answers.index("--model_name_or_path")
     assert answers[start + 1 : start + 3] == ["output/actor-models/toy", "output/dpo-models/toy"]
-    assert (value(answers, "--data_path"), value(answers, "--judge"), value(answers, "--seed")) == ("toy", "toy", "5")
+    assert (value(answers, "--data_path"), value(answers, "--seed")) == ("toy", "5") and "--judge" not in answers
     assert value(answers, "--eval_fraction") == "0.1", "the prompts that the stages hold out"
     summary = json.loads((run.folder / "output/summary.json").read_text())
     assert list(summary.pop("seconds")) == ["sft", "dpo", "answers", "total"]
     assert summary == {
         "dpo_accuracy": {"value": 0.75, "ci95": [0.3006, 0.9544], "num_pairs": 4},
-        "judge": {"sft": {"mean": -0.15, "correct": 0.0}, "dpo": {"mean": 0.5, "correct": 0.5}},
+        "judge": {"sft": {"mean": -0.5, "correct": 0.0}, "dpo": {"mean": 0.5, "correct": 0.5}},
         "win_rate": {"dpo_vs_sft": {"value": 0.75, "ci95": [0.1979, 0.9733], "num_prompts": 2}},
         "peak_rss_gb": 53.0,
     }
@@ -169,7 +172,6 @@ def test_dpo_takes_the_place_of_the_reward_model_and_ppo(run):
 
 def test_dpo_on_data_without_a_judge_has_answers_and_no_win_rate(run):
     result = run("--method", "dpo", "--data-path", "mine.jsonl")
-    assert "--judge" not in calls(run)[3][0]
     summary = json.loads((run.folder / "output/summary.json").read_text())
     assert "judge" not in summary and "win_rate" not in summary
     assert "no judge and no reward model for this task" in result.stdout

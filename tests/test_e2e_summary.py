@@ -26,7 +26,10 @@ def judge(question, answer):
 
 
 def rows(*responses, score=1.0):
-    return [{"prompt": "abc"[:n], "response": text, "score": score * n} for n, text in enumerate(responses, 1)]
+    return [
+        {"prompt": "abc"[:n], "response": text, "score": None if score is None else score * n}
+        for n, text in enumerate(responses, 1)
+    ]
 
 
 def write(path, *lines):
@@ -72,14 +75,43 @@ def test_answers_to_other_prompts_are_refused(tmp_path):
         read_answers(tmp_path)
 
 
-def test_answers_of_two_models_side_by_side(tmp_path):
-    lines = [{"model": name} | row for name in ("x/toy", "y/toy") for row in rows(f"{name} 1", f"{name} 2")]
+def side_by_side(tmp_path, *decodings, **values):
+    """The answers of two models, graded as in ``values``: name -> four values, by model and prompt."""
+    lines = []
+    for decoding in decodings:
+        for i, name in enumerate(("x/toy", "y/toy")):
+            for k, row in enumerate(rows(f"{name} 1", f"{name} 2", score=None)):
+                given = {
+                    key: values[key][2 * i + k] if key in values else None for key in ("score", "judge", "correct")
+                }
+                lines.append({"model": name, "decoding": decoding} | row | given)
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    answers = read_side_by_side(tmp_path)
-    assert [[row["response"] for row in answers[name]] for name in ("sft", "dpo")] == [
-        ["x/toy 1", "x/toy 2"],
-        ["y/toy 1", "y/toy 2"],
-    ]
+    return read_side_by_side(tmp_path)
+
+
+def test_answers_of_two_models_side_by_side(tmp_path):
+    graded = side_by_side(
+        tmp_path, "sample", "greedy", judge=[1.0, 2.0, 3.0, None], correct=[True, False, True, False]
+    )
+    answers = [[row["response"] for row in graded[name].rows] for name in ("sft", "dpo")]
+    assert answers == [["x/toy 1", "x/toy 2"], ["y/toy 1", "y/toy 2"]], "of the first decoding"
+    assert [graded[name].scores for name in ("sft", "dpo")] == [[1.0, 2.0], [3.0, None]]
+    assert [graded[name].correct for name in ("sft", "dpo")] == [[True, False], [True, False]]
+
+
+def test_side_by_side_without_a_word_on_correctness_and_by_the_reward(tmp_path):
+    runs, seconds = {"sft": {"metrics": {}}, "dpo": REWARD, "answers": {}}, {"total": 1.0}
+    by_judge = side_by_side(tmp_path, "greedy", judge=[1.0, 1.0, 2.0, 2.0], score=[5.0, 5.0, 4.0, 4.0])
+    summary = summarize(by_judge, runs, None, seconds, 1.0)
+    assert summary["judge"] == {"sft": {"mean": 1.0}, "dpo": {"mean": 2.0}}
+    assert summary["win_rate"]["dpo_vs_sft"]["value"] == 1.0 and "by" not in summary["win_rate"]["dpo_vs_sft"]
+    header, _, sft, dpo = results_table(summary, by_judge).splitlines()[:4]
+    assert header.split("  ")[0] == "held-out answers" and "judge" in header and "correct" not in header
+    assert dpo.split()[:3] == ["DPO", "2.00", "+4.00"] and sft.split() == ["SFT", "1.00", "+5.00"]
+    by_reward = side_by_side(tmp_path, "greedy", score=[5.0, 5.0, 4.0, 4.0])
+    summary = summarize(by_reward, runs, None, seconds, 1.0)
+    assert "judge" not in summary and summary["win_rate"]["dpo_vs_sft"]["by"] == "reward_model"
+    assert "better means a higher score of the reward model" in results_table(summary, by_reward)
 
 
 def graded(judge):
@@ -88,8 +120,8 @@ def graded(judge):
 
 
 def graded_dpo(judge):
-    answers = {"sft": rows("a", "a"), "dpo": rows("aaa", "a")}
-    return {name: grade([row | {"score": None} for row in group], judge) for name, group in answers.items()}
+    answers = {"sft": rows("a", "a", score=None), "dpo": rows("aaa", "a", score=None)}
+    return {name: grade(group, judge) for name, group in answers.items()}
 
 
 REWARD = {
@@ -123,6 +155,12 @@ def test_the_summary_of_a_judged_task():
         "kl_per_seq": 3.1416,
         "peak_rss_gb": 1.933,
     }
+
+
+def test_a_reward_model_without_finite_scores_has_no_calibration():
+    broken = QUALITY | {"num_bad": 9, "calibration": {"ece": None}}
+    quality = summarize(graded(judge), RUNS, broken, SECONDS, 1.9)["reward_quality"]
+    assert quality["ece"] is None and "no finite number" in quality["weakness"]
 
 
 def test_without_a_judge_the_reward_model_decides():

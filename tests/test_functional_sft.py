@@ -3,6 +3,7 @@
 import math
 
 from dschat.functional import sft_loss
+from tests.functional_parts import assert_stats
 
 import pytest
 import torch
@@ -11,15 +12,6 @@ from torch.testing import assert_close
 NAN, INF = math.nan, math.inf
 T, F = True, False
 LN3 = math.log(3)
-
-
-def assert_stats(stats, **expected):
-    assert set(stats) == set(expected)
-    for name, value in expected.items():
-        assert stats[name].item() == pytest.approx(value, rel=1e-5, abs=1e-7), name
-        assert stats[name].dtype == torch.float32
-        assert stats[name].dim() == 0
-        assert not stats[name].requires_grad
 
 
 @pytest.mark.parametrize("vocab", [2, 7, 1000])

@@ -235,15 +235,26 @@ def test_a_run_with_nothing_to_evaluate_on_is_refused(stage, trained, cache_dir,
 
 @pytest.mark.parametrize("flags", [{}, {"loss_type": "kto"}], ids=["pairs", "answers"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
-def test_micro_batches_by_length_make_the_same_steps(stage, flags, trained, data_file, cache_dir, tmp_path):
+def test_micro_batches_by_length_make_the_same_steps(
+    stage, flags, trained, data_file, cache_dir, tmp_path, monkeypatch
+):
     if flags and stage != "dpo":
         flags = {"weight_decay": 0.1}
     lines, split = [], {"sft": "1,0,0"}.get(stage, "0,1,0")
     given = {"model_name_or_path": trained["sft"], "per_device_train_batch_size": 8, "data_split": split, **flags}
+    backward, number = program(stage).backward, [0]
+
+    def counted(*args):
+        number[-1] += 1
+        backward(*args)
+
+    monkeypatch.setattr(program(stage), "backward", counted)
     for tokens in (0, 100):
+        number.append(0)
         out = run(stage, data_file, cache_dir, tmp_path / str(tokens), max_tokens_per_batch=tokens, **given)
         log = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
         lines.append([line for line in log if "loss" in line])
+    assert number[1] == 2 and number[2] >= 4, "two steps, in more micro-batches"
     for one, other in zip(*lines, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

@@ -273,12 +273,33 @@ def test_step_3_uses_a_good_one_and_says_what_it_does_not_know(
         step_3(reward_dir, base, data_file, cache_dir, tmp_path)
 
 
-def test_a_report_of_an_earlier_run_does_not_outlive_it(rankings_file, base, cache_dir, tmp_path):
-    (tmp_path / "quality").mkdir()
-    (tmp_path / "quality" / "quality.json").write_text("{}")
+def test_a_report_goes_with_its_model(rankings_file, base, cache_dir, tmp_path, monkeypatch):
+    report = tmp_path / "quality" / "quality.json"
+    report.parent.mkdir()
+    report.write_text("{}")
     with pytest.raises(UserError):
         programs.run("reward", str(tmp_path / "no.jsonl"), cache_dir, tmp_path, model_name_or_path=base)
-    assert not (tmp_path / "quality" / "quality.json").exists()
+    assert report.exists(), "the model it tells of is still there"
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(programs.program("reward"), "report_quality", killed)
+    flags = {"model_name_or_path": base, "data_split": "0,1,0"}
+    with pytest.raises(KeyboardInterrupt):
+        programs.run("reward", rankings_file, cache_dir, tmp_path, **flags)
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "run.json").is_file()
+    assert not report.exists(), "it would tell of another model"
+
+
+def test_a_judge_that_cannot_judge_is_found_out_before_training(rankings_file, base, reward_dir, cache_dir, tmp_path):
+    flags = {"model_name_or_path": base, "data_split": "0,1,0", "judge": "toy"}
+    with pytest.raises(UserError, match="--judge toy: "):
+        programs.run("reward", rankings_file, cache_dir, tmp_path, **flags)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    given = ["--model_name_or_path", reward_dir, "--data_path", rankings_file, "--data_output_path", cache_dir]
+    with pytest.raises(UserError, match="--judge toy: "):
+        rw_eval(*given, "--judge", "toy", "--policy_model_name_or_path", base)
 
 
 # --- other tools

@@ -44,11 +44,20 @@ def _pair_stats(chosen_rewards: Tensor, rejected_rewards: Tensor, margins: Tenso
     )
 
 
-def _average_logps(logps: Tensor, lengths: Tensor) -> Tensor:
-    """(B,) nats per token, from the sum over each response and its number of tokens."""
-    if (lengths < 1).any():
-        raise ValueError(f"a response has at least 1 token; lengths has a {int(lengths.min())}")
-    return logps.float() / lengths
+def _per_token(
+    chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B,), (B,): nats per token of the chosen and of the rejected responses, from sums and numbers of tokens."""
+    require_same_shape(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    for lengths in (chosen_lengths, rejected_lengths):
+        if (lengths < 1).any():
+            raise ValueError(f"a response has at least 1 token; lengths has a {int(lengths.min())}")
+    return chosen_logps.float() / chosen_lengths, rejected_logps.float() / rejected_lengths
 
 
 def dpo_loss(
@@ -197,14 +206,8 @@ def simpo_loss(
     Raises:
         ValueError: the shapes differ, or a length is below 1.
     """
-    require_same_shape(
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
-    chosen = beta * _average_logps(chosen_logps, chosen_lengths)
-    rejected = beta * _average_logps(rejected_logps, rejected_lengths)
+    chosen, rejected = _per_token(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    chosen, rejected = beta * chosen, beta * rejected
     losses = smooth_labels(lambda h: -logsigmoid(h - gamma), chosen - rejected, label_smoothing)
     stats = _pair_stats(chosen, rejected, chosen - rejected)
     return divide(losses.sum(), stats["num_pairs"], denominator), stats
@@ -247,14 +250,7 @@ def orpo_loss(
     Raises:
         ValueError: the shapes differ, or a length is below 1.
     """
-    require_same_shape(
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
-    chosen = _average_logps(chosen_logps, chosen_lengths)
-    rejected = _average_logps(rejected_logps, rejected_lengths)
+    chosen, rejected = _per_token(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
     losses = -chosen - coef * logsigmoid(log_odds_ratio)
     stats = _pair_stats(chosen, rejected, log_odds_ratio)

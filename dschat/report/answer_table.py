@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from dschat.report.metrics import write_whole
 from dschat.report.progress import table
 from dschat.report.summary import win_rate
 
@@ -111,15 +111,8 @@ def save_answers(
         for i, (prompt, messages) in enumerate(zip(prompts, dialogues, strict=True))
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    _write(Path(directory) / "answers.jsonl", text)
-    _write(Path(directory) / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """The file is whole or absent."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(directory) / "answers.jsonl", text)
+    write_whole(Path(directory) / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def _facts(group: Answered, index: int) -> str:

@@ -71,6 +71,13 @@ def prepare_output_dir(path: str) -> None:
         raise UserError(f"--output_dir {path} cannot be written: {error.strerror}; choose another folder") from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that, whatever happens meanwhile, it is the new one as a whole or what was there before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def peak_rss_gb() -> float:
     """The largest resident memory of this process so far, in GB (10^9 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
@@ -100,7 +107,4 @@ def write_run_json(
         "seconds": round(seconds, 3),
         "peak_rss_gb": round(peak_rss_gb(), 3),
     } | (extra or {})
-    target = Path(output_dir) / "run.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    write_whole(Path(output_dir) / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")

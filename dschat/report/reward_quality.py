@@ -8,12 +8,12 @@ reward model should not be used.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
+from dschat.report.metrics import write_whole
 from dschat.report.progress import table
 from dschat.report.reward_bins import GROUPS, ScoredPairs, calibration, distribution, groups, share, short_label
 from dschat.report.reward_plots import write_plots
@@ -230,10 +230,8 @@ def write_quality(quality: Quality, directory: str | Path) -> None:
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "quality.json.tmp"
         text = json.dumps(quality, indent=2, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "quality.json")
+        write_whole(folder / "quality.json", text + "\n")
         write_plots(quality, folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); make room there or choose another") from None

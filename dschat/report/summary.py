@@ -37,7 +37,8 @@ class Graded:
 
     rows: list[dict[str, Any]]  # of samples.jsonl: prompt, response, score (the reward's), …
     scores: list[float | None]  # the judge's, or the reward's where the task has no judge; None: it gave none
-    correct: list[bool] | None  # what the judge says; None without a judge
+    correct: list[bool] | None  # what the judge says; None without a judge, or where it does not tell
+    is_judged: bool  # whether the scores are a judge's
 
 
 def read_run(directory: Path, name: str = "run.json") -> dict[str, Any]:
@@ -67,21 +68,31 @@ def read_answers(ppo_directory: Path) -> dict[str, list[dict[str, Any]]]:
     return answers
 
 
-def read_side_by_side(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of answers.jsonl of prompt_eval.py, which was given the model of step 1 and that of DPO, by policy."""
+def read_side_by_side(directory: Path) -> dict[str, Graded]:
+    """The answers of prompt_eval.py, which was given the model of step 1 and that of DPO, as its judge, else its
+    reward, graded them; where it was told several decodings, those of the first."""
     groups: dict[str, list[dict[str, Any]]] = {}
+    decoding = None
     with open(directory / "answers.jsonl", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            groups.setdefault(row["model"], []).append(row)
-    return dict(zip((SFT, DPO), groups.values(), strict=True))
+        for row in map(json.loads, file):
+            decoding = decoding or row["decoding"]
+            if row["decoding"] == decoding:
+                groups.setdefault(row["model"], []).append(row)
+    return {name: _as_graded(rows) for name, rows in zip((SFT, DPO), groups.values(), strict=True)}
+
+
+def _as_graded(rows: list[dict[str, Any]]) -> Graded:
+    is_judged = any(row["judge"] is not None for row in rows)
+    tells = any(row["correct"] is not None for row in rows)
+    scores = [row["judge" if is_judged else "score"] for row in rows]
+    return Graded(rows, scores, [bool(row["correct"]) for row in rows] if tells else None, is_judged)
 
 
 def grade(rows: list[dict[str, Any]], judge: Judge | None) -> Graded:
     if judge is None:
-        return Graded(rows, [row["score"] for row in rows], None)
+        return Graded(rows, [row["score"] for row in rows], None, False)
     verdicts = [judge(row["prompt"], row["response"]) for row in rows]
-    return Graded(rows, [verdict.score for verdict in verdicts], [verdict.correct for verdict in verdicts])
+    return Graded(rows, [verdict.score for verdict in verdicts], [verdict.correct for verdict in verdicts], True)
 
 
 def win_rate(scores: Sequence[float | None], baseline: Sequence[float | None]) -> dict[str, Any]:
@@ -116,15 +127,17 @@ def summarize(
             accuracy = _share(metrics["eval/accuracy"], (metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]))
             summary[f"{name}_accuracy"] = accuracy | {"num_pairs": int(metrics["eval/num_pairs"])}
     if quality is not None:
+        ece = quality["calibration"]["ece"]  # None: no pair has finite scores
         summary["reward_quality"] = {
             "weakness": weakness(quality),
             "length_only_accuracy": round(quality["baselines"]["length"]["accuracy"], 4),
-            "ece": round(quality["calibration"]["ece"], 4),
+            "ece": None if ece is None else round(ece, 4),
         }
     judged = {
-        name: {"mean": round(_mean(policy.scores), 4), "correct": round(_mean(policy.correct), 4)}
+        name: {"mean": round(_mean(policy.scores), 4)}
+        | ({} if policy.correct is None else {"correct": round(_mean(policy.correct), 4)})
         for name, policy in graded.items()
-        if policy.correct is not None
+        if policy.is_judged
     }
     won = win_rate(graded[trained].scores, graded[SFT].scores)
     summary |= {"judge": judged} if judged else {}
@@ -137,17 +150,19 @@ def summarize(
 
 def results_table(summary: dict[str, Any], graded: dict[str, Graded]) -> str:
     """What a person reads at the end: the policies side by side, then the stages."""
-    has_judge, has_reward = "judge" in summary, "reward_accuracy" in summary
-    header = ["held-out answers", *(["judge", "correct"] if has_judge else []), *(["reward model"] * has_reward)]
+    has_judge, tells = "judge" in summary, any(policy.correct is not None for policy in graded.values())
+    has_reward = any(row["score"] is not None for policy in graded.values() for row in policy.rows)
+    header = ["held-out answers", *["judge"] * has_judge, *["correct"] * tells, *["reward model"] * has_reward]
     policies = []
     for name, policy in graded.items():
-        cells = [f"{_mean(policy.scores):.2f}", f"{_mean(policy.correct):.0%}"] if policy.correct is not None else []
+        cells = [f"{_mean(policy.scores):.2f}"] * has_judge
+        cells += [f"{_mean(policy.correct):.0%}"] if policy.correct is not None else []
         cells += [f"{_mean([row['score'] for row in policy.rows]):+.2f}"] * has_reward
         won = win_rate(policy.scores, graded[SFT].scores)
         cells += [_interval(won)] if name != SFT and won["num_prompts"] else [""]
         policies.append([LABELS.get(name, f"{name.replace('_', ' ')} by the reward model"), *cells])
     run = []
-    if has_reward:
+    if "reward_accuracy" in summary:
         accuracy = summary["reward_accuracy"]
         run += [[f"reward model: accuracy on {accuracy['num_pairs']} held-out pairs (95 %)", _interval(accuracy)]]
     if "reward_quality" in summary:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from dschat.data.records import Message
 from dschat.data.tokenizer import load_tokenizer
 from dschat.models.load import load_causal_lm
-from dschat.models.rankings import ranking_facts
 from dschat.models.scorer import padding_gap
-from dschat.report.reward_quality import Quality, best_of_n_curve, pairs_of_rankings, reward_quality
+from dschat.report.reward_quality import Quality, ScoredPairs, best_of_n_curve, reward_quality
 from dschat.rlhf.answers import prompt_rows, sample_answers
 from dschat.rlhf.judges import create_judge
 from dschat.rlhf.reward_sources import FullReward
@@ -39,19 +38,19 @@ def report_quality(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: datasets.Dataset,
-    scores: np.ndarray,
+    pairs: ScoredPairs,
     curve: CurveSpec | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Quality:
-    """`reward_quality` of the scores (N, K) of ``rows`` (`dschat.data.stages.tokenize_rankings`), with the effect of
-    padding and, where ``curve`` says how, what choosing the best of n answers by the model is worth. A collective."""
+    """`reward_quality` of the scored ``pairs`` of ``rows`` (`dschat.data.stages.tokenize_rankings`), with the effect
+    of padding and, where ``curve`` says how, what choosing the best of n answers is worth. A collective."""
     assert tokenizer.pad_token_id is not None
     first = [ids for row in rows.select(range(min(4, len(rows)))) for ids in row["input_ids"]]
     gap = padding_gap(model, first, tokenizer.pad_token_id, device)
     best = best_of_n(model, tokenizer, rows["messages"][:], curve, dtype=dtype, device=device) if curve else None
-    return reward_quality(pairs_of_rankings(ranking_facts(rows), scores), padding_gap=gap, best_of_n=best)
+    return reward_quality(pairs, padding_gap=gap, best_of_n=best)
 
 
 def best_of_n(

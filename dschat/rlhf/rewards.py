@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 from dschat.data.records import Message
 from dschat.errors import UserError
+from dschat.report.metrics import write_whole
 
 import torch
 
@@ -208,11 +208,9 @@ def write_repro(output_dir: str, step: int, samples: Samples, scores: Scores) ->
                 "total": str(total),
             }
         )
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"step": step, "rows": rows}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps({"step": step, "rows": rows}, indent=1))
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); make room there or correct --output_dir"

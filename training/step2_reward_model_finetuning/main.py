@@ -36,7 +36,9 @@ from dschat.report.reward_quality import (
     reward_quality,
     write_quality,
 )
+from dschat.rlhf.judges import check_judge
 from dschat.rlhf.reward_report import CurveSpec, report_quality
+from dschat.rlhf.samples import prompt_text
 
 import deepspeed
 import numpy as np
@@ -97,8 +99,6 @@ def main(argv: list[str] | None = None) -> None:
     other_kind = Path(config.output_dir) / ("config.json" if config.lora_dim else "adapter_config.json")
     if other_kind.exists():
         raise UserError(f"{other_kind}: a model of another kind is here; choose another --output_dir, or empty it")
-    if runtime.is_main:  # of an earlier run: step 3 must not take it for this model's
-        (Path(config.output_dir) / QUALITY_FOLDER / "quality.json").unlink(missing_ok=True)
 
     # Data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         config.max_tokens_per_batch,
     )
     facts = ranking_facts(data.eval)
+    if config.judge:
+        check_judge(config.judge, tokenizer, [prompt_text(messages) for messages in data.eval["messages"]])
 
     def collate(rows, micro_batch) -> Batch:
         ranked = [rows[i] for i in micro_batch.indices]
@@ -177,11 +179,6 @@ def main(argv: list[str] | None = None) -> None:
     metrics.histogram(len(train_batches), "eval/chosen_scores", pairs.chosen)
     metrics.histogram(len(train_batches), "eval/rejected_scores", pairs.rejected)
 
-    # Report
-    place = {"dtype": dtype, "device": runtime.device}
-    quality = report_quality(engine, tokenizer, data.eval, scores, config.curve_spec(), **place)
-    console.print(quality_tables(quality))
-
     # Save
     def save(whole) -> None:
         if config.lora_dim:
@@ -190,9 +187,11 @@ def main(argv: list[str] | None = None) -> None:
             save_model(whole.model, tokenizer, config.output_dir)
         save_score_stats(config.output_dir, mean, std, make_probes(whole, data.eval, tokenizer))
 
+    report_dir = Path(config.output_dir) / QUALITY_FOLDER
+    if runtime.is_main:  # the report on an earlier model: step 3 must not take it for this one's
+        (report_dir / "quality.json").unlink(missing_ok=True)
     save_weights(engine, save, runtime)
     if runtime.is_main:
-        write_quality(quality, str(Path(config.output_dir) / QUALITY_FOLDER))
         write_run_json(
             config.output_dir,
             role=REWARD,
@@ -201,6 +200,13 @@ def main(argv: list[str] | None = None) -> None:
             metrics=metrics.last,
             seconds=time.time() - start,
         )
+
+    # Report
+    place = {"dtype": dtype, "device": runtime.device}
+    quality = report_quality(engine, tokenizer, data.eval, pairs, config.curve_spec(), **place)
+    console.print(quality_tables(quality))
+    if runtime.is_main:
+        write_quality(quality, report_dir)
     metrics.close()
     console.print(f"saved to {config.output_dir}")
 

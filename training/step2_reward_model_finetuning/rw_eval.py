@@ -17,11 +17,11 @@ from dschat.engine.distributed import Runtime, quiet_libraries
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
 from dschat.models.load import check_context, max_positions, resolve_dtype
-from dschat.models.rankings import score_rankings
+from dschat.models.rankings import ranking_facts, score_rankings
 from dschat.report.progress import Console
-from dschat.report.reward_quality import quality_tables, write_quality
+from dschat.report.reward_quality import pairs_of_rankings, quality_tables, write_quality
 from dschat.report.samples import short
-from dschat.rlhf.judges import judge_spec, load_scorer_of
+from dschat.rlhf.judges import check_judge, judge_spec, load_scorer_of
 from dschat.rlhf.reward_report import CurveSpec, report_quality
 from dschat.rlhf.samples import prompt_text
 
@@ -114,11 +114,16 @@ def main(argv: list[str] | None = None) -> None:
     reasons = "".join(f"\n  {count} × {reason}" for reason, count in (dropped + cut).items())
     console.print(f"data: {len(rows)} ranked prompts{reasons}")
 
+    if config.judge:
+        policy_tokenizer = load_tokenizer(str(config.policy_model_name_or_path))
+        check_judge(config.judge, policy_tokenizer, [prompt_text(messages) for messages in rows["messages"]])
+
     # Evaluate
     assert tokenizer.pad_token_id is not None
     scores = score_rankings(scorer, rows, config.batch_size, tokenizer.pad_token_id, runtime, console)
     place = {"dtype": dtype, "device": runtime.device}
-    quality = report_quality(scorer, tokenizer, rows, scores, config.curve_spec(), **place)
+    pairs = pairs_of_rankings(ranking_facts(rows), scores)
+    quality = report_quality(scorer, tokenizer, rows, pairs, config.curve_spec(), **place)
 
     # Report
     console.print(confident_mistakes(rows, scores, tokenizer, config.num_shown))
