@@ -113,6 +113,46 @@ class SupervisedFlags(RunFlags, DataFlags):
         )
 
 
+@dataclass(kw_only=True)
+class EvaluationFlags:
+    """Tools that measure and train nothing: prompt_eval.py and rw_eval.py, one process each."""
+
+    eval_fraction: float = flag(
+        0.0, "of data_path without a test split take only what the stages hold out at this fraction and seed; 0: all"
+    )
+    seed: int = flag(1234, "of eval_fraction and of sampling; the same seed draws the same numbers for every model")
+    batch_size: int = flag(16, "prompts answered, or scored with all their answers, at once")
+    dtype: str = flag("auto", "of the weights; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
+    chat_template: str = flag("auto", "auto: each model's own, else plain Human/Assistant; plain; or a jinja file")
+    data_output_path: str = flag("~/.cache/dschat", "folder of the tokenised data, keyed by content")
+    skip_bad_records: bool = flag(
+        False, "drop and count records that cannot be read, instead of stopping at the first"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(f"--eval_fraction {self.eval_fraction}: expected at least 0 and below 1")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("this program is one process; start it with python, without a launcher")
+
+
+@dataclass(kw_only=True)
+class CurveFlags:
+    """The best-of-n curve in the report on a reward model."""
+
+    judge: str | None = flag(
+        None, "toy, function:FILE.py:NAME, api:URL or full:PATH: judges a policy's answers for a best-of-n curve"
+    )
+    judge_samples: int = flag(8, "answers to a prompt for that curve")
+    judge_max_new_tokens: int = flag(128, "tokens of such an answer at most")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "judge_samples", "judge_max_new_tokens")
+        if not self.judge and (self.judge_samples, self.judge_max_new_tokens) != (8, 128):
+            raise UserError("--judge_samples and --judge_max_new_tokens need --judge")
+
+
 _HYBRID = "the rollout runs on the training weights; drop the flag"
 _TENSORBOARD = "tensorboard files are always written to <output_dir>/tensorboard; drop the flag"
 _END = "every answer ends with the tokenizer's end token in all stages; drop the flag"

@@ -17,11 +17,11 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from dschat.config import DTYPES, flag, parse_config, require_not_negative, require_positive, to_dict
+from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
 from dschat.data.sources import parse_source
 from dschat.engine.distributed import quiet_libraries
 from dschat.errors import UserError, run_program
-from dschat.flags import REMOVED
+from dschat.flags import REMOVED, EvaluationFlags
 from dschat.models.load import resolve_dtype
 from dschat.report.answer_table import Answered, answers_table, save_answers, side_by_side, summarize_answers
 from dschat.report.metrics import peak_rss_gb, prepare_output_dir
@@ -69,14 +69,11 @@ GONE = REMOVED | {
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(EvaluationFlags):
     model_name_or_path: list[str] = flag(help="the models, the one to compare with first: directories or hub names")
     data_path: list[str] = flag(
         [],
         "prompts: files, save_to_disk folders, hub names or 'toy'; of each its test split where it has one, else all",
-    )
-    eval_fraction: float = flag(
-        0.0, "of data_path without a test split ask only what the stages hold out at this fraction and seed; 0: all"
     )
     eval_data_path: list[str] = flag([], "as the stages' held-out data: asked instead of data_path")
     num_prompts: int = flag(20, "ask so many prompts, evenly spread over the data; 0: all")
@@ -96,23 +93,16 @@ class Config:
     normalize_reward: bool = flag(
         True, "scores to mean 0 and std 1 by the statistics of step 2, where a model has them"
     )
-    batch_size: int = flag(16, "answers made, or scored, at once")
     output_dir: str | None = flag(None, "where answers.jsonl and summary.json go; default: nowhere")
-    seed: int = flag(1234, "of sampling, with the same numbers for every model, and of what eval_fraction holds out")
-    dtype: str = flag("auto", "of the weights; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
-    chat_template: str = flag("auto", "auto: each model's own, else plain Human/Assistant; plain; or a jinja file")
-    data_output_path: str = flag("~/.cache/dschat", "folder of the tokenised data, keyed by content")
-    skip_bad_records: bool = flag(
-        False, "drop and count records that cannot be read, instead of stopping at the first"
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("model_name_or_path", "decoding"):
             if not getattr(self, name):
                 raise UserError(f"--{name}: nothing given; give at least one")
         if not (self.data_path or self.eval_data_path):
             raise UserError("no prompts: give --data_path, such as --data_path questions.jsonl")
-        require_positive(self, "best_of_n", "batch_size")
+        require_positive(self, "best_of_n")
         require_not_negative(self, "num_prompts", "num_shown", "top_k", "max_new_tokens", "max_prompt_seq_len")
         if self.num_beams < 2:
             raise UserError(f"--num_beams {self.num_beams}: expected 2 or more; one beam is --decoding greedy")
@@ -141,8 +131,6 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=GONE)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("prompt_eval.py is one process; start it with python, without a launcher")
     start = time.time()
     quiet_libraries()
     console = Console()

@@ -22,7 +22,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.errors import UserError, run_program
-from dschat.flags import REMOVED, SupervisedFlags
+from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
 from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
@@ -46,27 +46,19 @@ import torch
 
 
 @dataclass(kw_only=True)
-class Config(SupervisedFlags):
+class Config(SupervisedFlags, CurveFlags):
     label_smoothing: float = flag(0.0, "probability that a preference label is wrong, as the loss takes it")
     center_rewards_coefficient: float = flag(0.0, "of (better + worse)^2 in the loss, which keeps scores around 0")
-    judge: str | None = flag(
-        None,
-        "toy, function:FILE.py:NAME, api:URL or full:PATH: judges answers of the start model for a best-of-n curve",
-    )
-    judge_samples: int = flag(8, "answers to a prompt for that curve")
-    judge_max_new_tokens: int = flag(128, "tokens of such an answer at most")
     lora_dim: int = flag(0, "train adapters of this rank and the head, on a frozen trunk; 0: the whole model")
     lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
     lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SupervisedFlags.__post_init__(self)
+        CurveFlags.__post_init__(self)
         require_not_negative(self, "lora_dim", "center_rewards_coefficient")
-        require_positive(self, "judge_samples", "judge_max_new_tokens")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing}: expected at least 0 and below 0.5")
-        if not self.judge and (self.judge_samples, self.judge_max_new_tokens) != (8, 128):
-            raise UserError("--judge_samples and --judge_max_new_tokens need --judge")
         if self.judge and self.model_name_or_path == "toy":
             raise UserError("--judge needs answers of a trained model, which toy is not; give the directory of step 1")
         if self.lora_alpha is not None:

@@ -9,13 +9,13 @@ and a policy the report says too what choosing the best of n answers by this mod
 import os
 from dataclasses import dataclass
 
-from dschat.config import DTYPES, flag, parse_config, require_not_negative, require_positive
+from dschat.config import flag, parse_config, require_not_negative, require_positive
 from dschat.data.sources import load_evaluation
 from dschat.data.stages import tokenize_rankings
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.distributed import Runtime, quiet_libraries
 from dschat.errors import UserError, run_program
-from dschat.flags import REMOVED
+from dschat.flags import REMOVED, CurveFlags, EvaluationFlags
 from dschat.models.load import check_context, max_positions, resolve_dtype
 from dschat.models.rankings import ranking_facts, score_rankings
 from dschat.report.progress import Console
@@ -34,43 +34,23 @@ NO_LIMIT = 2**31 - 1  # of a dialogue's tokens
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(EvaluationFlags, CurveFlags):
     model_name_or_path: str = flag(help="a reward model: the directory of step 2, of an adapter too, or a hub name")
     data_path: list[str] = flag(help="preferences; of each source its test split where it has one, else all of it")
-    eval_fraction: float = flag(
-        0.0, "of a source without a test split take only what the stages hold out at this fraction and seed; 0: all"
-    )
-    seed: int = flag(1234, "of eval_fraction, and of the answers for --judge")
     max_eval_samples: int = flag(0, "take the first so many prompts; 0: all")
     max_seq_len: int = flag(0, "tokens of a whole dialogue; longer ones lose their earliest turns; 0: what fits")
     num_shown: int = flag(3, "print so many of the pairs that the model has wrong with the most confidence")
-    judge: str | None = flag(
-        None, "toy, function:FILE.py:NAME, api:URL or full:PATH: judges --policy_model_name_or_path's answers"
-    )
     policy_model_name_or_path: str | None = flag(None, "whose answers the model chooses from, for --judge")
-    judge_samples: int = flag(8, "answers to a prompt for the best-of-n curve of --judge")
-    judge_max_new_tokens: int = flag(128, "tokens of such an answer at most")
-    output_dir: str | None = flag(None, "where quality.json and its pictures go; default: nowhere")
-    batch_size: int = flag(16, "prompts with all their answers scored at once")
-    dtype: str = flag("auto", "of the weights; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
-    chat_template: str = flag("auto", "auto: the model's own, else plain Human/Assistant; plain; or a jinja file")
-    data_output_path: str = flag("~/.cache/dschat", "folder of the tokenised data, keyed by content")
     num_workers: int = flag(1, "processes that tokenise")
-    skip_bad_records: bool = flag(
-        False, "drop and count records that cannot be read, instead of stopping at the first"
-    )
+    output_dir: str | None = flag(None, "where quality.json and its pictures go; default: nowhere")
 
     def __post_init__(self) -> None:
-        require_positive(self, "judge_samples", "judge_max_new_tokens", "batch_size", "num_workers")
+        EvaluationFlags.__post_init__(self)
+        CurveFlags.__post_init__(self)
+        require_positive(self, "num_workers")
         require_not_negative(self, "max_seq_len", "max_eval_samples", "num_shown")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"--eval_fraction {self.eval_fraction}: expected at least 0 and below 1")
         if bool(self.judge) != bool(self.policy_model_name_or_path):
             raise UserError("--judge and --policy_model_name_or_path go together: the judge needs somebody's answers")
-        if not self.judge and (self.judge_samples, self.judge_max_new_tokens) != (8, 128):
-            raise UserError("--judge_samples and --judge_max_new_tokens need --judge")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("rw_eval.py is one process; start it with python, without a launcher")
 
     def curve_spec(self) -> CurveSpec | None:
         if not (self.judge and self.policy_model_name_or_path):
