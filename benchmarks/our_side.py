@@ -4,6 +4,7 @@ from typing import Any
 
 from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine
 from dschat.engine.distributed import init_runtime
+from dschat.models.attention import use_fast_attention
 from dschat.models.load import resolve_dtype
 from dschat.models.scorer import Scorer
 from dschat.rlhf.collect import Collector, collect, judge, roll_out
@@ -13,6 +14,7 @@ from dschat.rlhf.reward_sources import FullReward
 from dschat.rlhf.rewards import CombinedReward
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling, banned_token_ids
+from dschat.rlhf.slots import SLOTS, SlotDecoder
 
 from shapes import random_prompts, word_tokenizer
 from turns import Passes, Turns, now
@@ -27,6 +29,8 @@ def ppo(args: Any, turns: Turns) -> None:
     runtime = init_runtime(args.seed)
     dtype = resolve_dtype(args.dtype, runtime.device)
     models = {role: model.to(runtime.device) for role, model in ppo_models(args, dtype).items()}
+    for model in models.values():
+        use_fast_attention(model)
     passes = Passes(models)
     vocab_size = models["actor"].config.vocab_size
     tokenizer = word_tokenizer(vocab_size)
@@ -44,8 +48,12 @@ def ppo(args: Any, turns: Turns) -> None:
     reward = FullReward(scorer, tokenizer, tokenizer, micro_batch_size=micro_batch, device=runtime.device)
     sampling = Sampling(args.response, banned_ids=banned_token_ids(tokenizer, vocab_size))
     rewards = CombinedReward([(reward, 1.0)])
-    collector = Collector(engine, rewards, tokenizer, sampling, runtime, args.batch, micro_batch)
-    update = UpdateSpec(args.ppo_epochs, args.batch // args.minibatches, micro_batch, 0.2, 0.2, vf_coef=0.1)
+    tokens = args.max_tokens_per_batch
+    decoder = SlotDecoder() if args.rollout_engine == SLOTS else None
+    rest = ("kl", 1, tokens, args.old_logprobs, decoder)
+    collector = Collector(engine, rewards, tokenizer, sampling, runtime, args.batch, micro_batch, *rest)
+    size = args.batch // args.minibatches
+    update = UpdateSpec(args.ppo_epochs, size, micro_batch, 0.2, 0.2, vf_coef=0.1, max_tokens=tokens)
     seed = args.seed
     while True:
         seed += 1

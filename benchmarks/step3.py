@@ -14,6 +14,8 @@ import argparse
 import statistics
 
 from dschat.errors import UserError, run_program
+from dschat.rlhf.experience import FORWARD, SAMPLER
+from dschat.rlhf.slots import ROLLOUT_ENGINES, SLOTS
 
 import torch
 from harness import add_turn_flags, median, parser, phase_header, phase_row, ratios, report, start
@@ -65,6 +67,9 @@ def main() -> None:
     made.add_argument("--ppo_epochs", type=int, default=1)
     made.add_argument("--minibatches", type=int, default=1, help="optimizer steps in an epoch")
     made.add_argument("--micro_batch", type=int, help="rows of a forward and backward; default: a minibatch")
+    made.add_argument("--max_tokens_per_batch", type=int, default=0, help="as in step 3; of our side")
+    made.add_argument("--rollout_engine", choices=ROLLOUT_ENGINES, default=SLOTS, help="as in step 3; of our side")
+    made.add_argument("--old_logprobs", choices=(FORWARD, SAMPLER), default=FORWARD, help="as in step 3; of our side")
     made.add_argument("--learning_rate", type=float, default=1e-6)
     args = made.parse_args()
     if args.batch % args.minibatches:

@@ -116,7 +116,8 @@ def interleave(
 
 
 class Passes:
-    """Forward passes through Hugging Face models and the positions in them, by role, up to `take`."""
+    """Forward passes through Hugging Face models and the positions in them, by role, up to `take`. Steps that our
+    rollout engine has recorded do not go through the model again, and are not counted."""
 
     def __init__(self, models: dict[str, Any]):
         self.found: dict[str, list[int]] = {}
@@ -129,7 +130,7 @@ class Passes:
         def count(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             number, positions = self.found.get(role, [0, 0])
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            self.found[role] = [number + 1, positions + ids.numel()]
+            self.found[role] = [number + 1, positions + int(ids.numel())]
 
         return count
 

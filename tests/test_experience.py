@@ -6,6 +6,7 @@ import math
 from dschat.engine import distributed
 from dschat.engine.distributed import gather_objects, gather_rows
 from dschat.rlhf.experience import (
+    SAMPLER,
     Experience,
     add_advantages,
     gather_experience,
@@ -115,11 +116,37 @@ def test_everything_is_that_of_each_row_alone(family, kind, tokenizer):
     assert (found.logprobs - found.ref_logprobs).abs().max() > 0.01  # two models, not one twice
 
 
+def test_the_samplers_log_probabilities_save_the_forward_of_the_actor(engine, sampled, experience):
+    rollout, sampling = sampled
+    calls = []
+    hook = engine.actor.register_forward_pre_hook(lambda *_: calls.append(1))
+    given = (engine, rollout, SCORES, rollout.response_mask, sampling)
+    found = score_rollout(*given, "k3", 4, old_logprobs=SAMPLER)
+    hook.remove()
+    assert not calls and found.logprobs.equal(rollout.logprobs) and found.entropy.equal(-rollout.logprobs)
+    assert found.ref_logprobs.equal(experience.ref_logprobs) and found.values.equal(experience.values)
+    assert (found.kl - score_rollout(*given, "k3", 4).kl).abs().max() < 1e-4
+
+
 def test_the_size_of_micro_batches_changes_nothing_and_nothing_needs_a_gradient(engine, sampled, experience):
     for size in (1, 100):
         other = scored(engine, *sampled, micro_batch_size=size)
         for name in SCORED:
             assert (getattr(other, name) - getattr(experience, name)).abs().max() < 1e-5, name
+    counts = []
+    hook = engine.ref.register_forward_pre_hook(
+        lambda _, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    for limit in (1, 20, 30):
+        rollout, sampling = sampled
+        other = score_rollout(engine, rollout, SCORES, rollout.response_mask, sampling, "kl", 4, max_tokens=limit)
+        for name in SCORED:
+            assert (getattr(other, name) - getattr(experience, name)).abs().max() < 1e-5, name
+        assert limit == 1 or max(counts) <= limit
+        real = int(rollout.attention_mask.sum() + rollout.response_mask.sum())
+        assert sum(counts) == real or limit > 1  # rows alone have no padding
+        counts.clear()
+    hook.remove()
     for name in SCORED:
         value = getattr(experience, name)
         assert not value.requires_grad and value.dtype == torch.float32, name
@@ -213,7 +240,7 @@ def test_rows_drops_columns_of_padding_and_changes_no_number(engine, sampled, ex
             assert part.response_mask[k].sum() == tokens.sum()
     with torch.no_grad():
         mask = part.response_mask
-        pairs = [[policy_logits(engine.actor, engine, batch, sampling) for batch in (part, whole)]]
+        pairs = [[policy_logits(engine.actor, engine, batch) for batch in (part, whole)]]
         pairs += [[response_values(engine.critic, batch)[:, :-1] for batch in (part, whole)]]
         for narrow, wide in pairs:
             assert (narrow - wide[index][:, : mask.shape[1]])[mask].abs().max() < 1e-4

@@ -26,7 +26,7 @@ def test_the_sampler_and_the_trainer_agree_with_ragged_prompts(family, tokenizer
     both_mask = torch.cat([rollout.attention_mask, rollout.response_mask], 1)
     with torch.no_grad():
         logits = response_logits(model, model, both, both_mask, rollout.response_ids.shape[1])
-        trained = token_logprobs(sampling.adjust(logits), rollout.response_ids)
+        trained = token_logprobs(logits, rollout.response_ids, **sampling.scored)
     assert rollout.response_mask.sum() > 40
     assert (trained - rollout.logprobs)[rollout.response_mask].abs().max() < 1e-4
 

@@ -35,6 +35,7 @@ OTHERS = {
     "whiten_advantages": (False, {}),
     "per_device_training_batch_size": (2, {}),
     "gradient_accumulation_steps": (2, {}),
+    "max_tokens_per_batch": (512, {}),
     "ppo_epochs": (3, {}),
     "cliprange": (0.1, {}),
     "cliprange_value": (0.1, {}),
@@ -78,6 +79,7 @@ BY_THE_PROGRAM = {
     *("show_batch", "per_device_generation_batch_size", "generation_batches", "max_prompt_seq_len"),
     *("max_answer_seq_len", "temperature", "kl_coef", "kl_target", "kl_horizon", "best_metric"),
     *("early_stopping_patience", "best_of_n", "self_check", "explain", "allow_weak_reward_model"),
+    *("rollout_engine", "old_logprobs"),
 }
 REFUSED = {"top_k", "top_p"}  # any other value than off ends the program
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 from dschat.engine.deepspeed_engine import grad_norm
-from dschat.engine.distributed import init_runtime
+from dschat.engine.distributed import Runtime, init_runtime
 from dschat.rlhf import ppo_trainer
 from dschat.rlhf.experience import Experience, add_advantages, score_rollout
 from dschat.rlhf.ppo_trainer import UpdateSpec, train_rlhf
@@ -13,11 +13,13 @@ from dschat.rlhf.rlhf_engine import RLHFEngine
 from tests.ppo_parts import (
     CLIP,
     CLIP_VALUE,
+    CPU,
     KL_COEF,
     RATE,
     SCORES,
     TEMPERATURE,
     experience_of,
+    made_up,
     rollout_of,
     same,
     sampling_for,
@@ -161,6 +163,36 @@ def test_zero_stages_make_the_same_update(tokenizer, runtime):
         for one, expected in zip(other, results[0], strict=True):
             assert one == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert results[0][0]["policy/loss"] != pytest.approx(results[0][1]["policy/loss"], abs=1e-2)
+
+
+def test_micro_batches_by_tokens_are_the_rows_of_a_rank_with_equally_many_on_each():
+    experience = made_up([2, 9, 3, 4, 8, 1, 6], [True] * 7, holes=True)  # prompts of 2 tokens
+    spec = dataclasses.replace(update_spec(3), max_tokens=12)
+    of_ranks = [list(ppo_trainer.micro_batches(experience, spec, Runtime(rank, 2, CPU))) for rank in (0, 1)]
+    found = [[(part.scores.tolist(), bool(part.action_mask.any())) for part in parts] for parts in of_ranks]
+    rows = experience.scores.tolist()
+    expected = [
+        [([rows[0], rows[2]], True), ([rows[6]], True), ([rows[4]], True)],
+        [([rows[5], rows[3]], True), ([rows[1]], False), ([rows[0]], False)],
+    ]
+    assert found == expected  # row 1 is without a score, row 0 only fills up
+    assert of_ranks[1][2].response_mask.sum() == 2 and experience.action_mask[0].any()
+
+
+def test_micro_batches_by_tokens_make_the_same_update(tokenizer, runtime):
+    results = []
+    for limit in (0, 1, 30):
+        engine = trained_models(tokenizer, runtime)
+        sampling = sampling_for(engine, tokenizer)
+        experience = off_policy(experience_of(engine, tokenizer, sampling))
+        spec = dataclasses.replace(update_spec(4), max_tokens=limit)
+        gradients = capture_gradients(engine)
+        results.append((train_minibatch(engine, experience, sampling, spec, runtime), gradients))
+    for stats, gradients in results[1:]:
+        assert stats == pytest.approx(results[0][0], rel=1e-4, abs=1e-6)
+        for ours, plain in zip(gradients, results[0][1], strict=True):
+            assert ours.keys() == plain.keys()
+            assert all((ours[name] - plain[name]).abs().max() < 1e-5 for name in plain)
 
 
 def test_every_row_is_trained_on_once_an_epoch_in_a_fresh_order(tokenizer, runtime, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 
+from dschat.functional import token_logprobs
 from dschat.rlhf.rollout import Sampling, banned_token_ids, draw, generate, row_uniforms
 from tests.families import ragged_prompts, tiny_model
 from tests.ppo_parts import ends, few_tokens
@@ -169,13 +170,15 @@ def test_a_token_without_probability_is_never_drawn(uniform, temperature):
 
 
 def test_banned_tokens_have_probability_0_and_the_others_share_the_rest():
-    logits = torch.tensor([0.125, 0.25, 0.5, 0.125]).log()
-    for temperature in (0.0, 0.5, 1.0, 2.0):
-        adjusted = Sampling(1, temperature, banned_ids=(2,)).adjust(logits.bfloat16())
-        assert adjusted.dtype == torch.float32 and adjusted.softmax(-1)[2] == 0
-    adjusted = Sampling(1, banned_ids=(2,)).adjust(logits)
-    assert adjusted.softmax(-1).tolist() == pytest.approx([0.25, 0.5, 0.0, 0.25])
-    assert logits[2] == math.log(0.5)  # what came in is untouched
+    logits = torch.tensor([[[0.125, 0.25, 0.5, 0.125]]]).log()
+    ids = torch.arange(4)[:, None]
+    for temperature in (0.0, 1.0):
+        scored = Sampling(1, temperature, banned_ids=(2,)).scored
+        shares = token_logprobs(logits.expand(4, 1, 4), ids, **scored).exp()
+        assert shares.flatten().tolist() == pytest.approx([0.25, 0.5, 0.0, 0.25])
+    squares = token_logprobs(logits.expand(4, 1, 4), ids, **Sampling(1, 0.5, banned_ids=(2,)).scored).exp()
+    assert squares.flatten().tolist() == pytest.approx([1 / 6, 4 / 6, 0.0, 1 / 6])
+    assert logits[0, 0, 2] == math.log(0.5)  # what came in is untouched
 
 
 def test_pad_and_the_rows_beyond_the_tokenizer_are_banned(tokenizer):

@@ -70,7 +70,7 @@ def test_several_answers_to_a_prompt_are_those_of_each_alone(family, tokenizer, 
         assert (together.logprobs[row, actions] - alone.logprobs[0]).abs().max() < 1e-5
     with torch.no_grad():
         logits = response_logits(model, model, *sequences(together), together.response_ids.shape[1])
-    trained = token_logprobs(sampling.adjust(logits), together.response_ids)
+    trained = token_logprobs(logits, together.response_ids, **sampling.scored)
     assert (trained - together.logprobs)[together.response_mask].abs().max() < 1e-4
 
 

@@ -3,50 +3,55 @@
 import math
 from typing import Any
 
-from dschat.functional.logprobs import blocks, distribution
+from dschat.functional.logprobs import blocks, distribution, log_softmax
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _log_ratio(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """p and log p - log q of a block; where p is 0 (banned in both, say) the latter is 0."""
-    p, logp = distribution(logits)
-    logq = ref_logits.log_softmax(dim=-1, dtype=torch.float32)
+def _log_ratio(
+    logits: Tensor, ref_logits: Tensor, temperature: float, banned_ids: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """p and log p - log q of a block; the latter finite where p is 0 (banned in both, say)."""
+    p, logp = distribution(logits, temperature, banned_ids)
+    logq = log_softmax(ref_logits, temperature, banned_ids)
     return p, logp.sub_(logq.masked_fill_(p == 0, 0.0))
 
 
 class _FullKL(torch.autograd.Function):
     """sum_v p_v (log p_v - log q_v), keeping for the backward pass nothing but the two tensors of logits.
 
-    d/dlogits_v = gradient * p_v * (log p_v - log q_v - KL); exactly 0 where the incoming gradient is 0.
+    d/dlogits_v = gradient * p_v * (log p_v - log q_v - KL) / temperature; exactly 0 where the incoming gradient is 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, ref_logits: Tensor, temperature: float, banned_ids: tuple[int, ...]
+    ) -> Tensor:
         ctx.save_for_backward(logits, ref_logits)
+        ctx.distribution = temperature, banned_ids
         result = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
         for block in blocks(logits):
-            p, log_ratio = _log_ratio(logits[block], ref_logits[block])
+            p, log_ratio = _log_ratio(logits[block], ref_logits[block], temperature, banned_ids)
             result[block] = (p * log_ratio).sum(dim=-1)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         logits, ref_logits = ctx.saved_tensors
         result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for block in blocks(logits):
-            upstream = gradient[block][..., None]
-            p, log_ratio = _log_ratio(logits[block], ref_logits[block])
+            upstream = gradient[block][..., None] / ctx.distribution[0]
+            p, log_ratio = _log_ratio(logits[block], ref_logits[block], *ctx.distribution)
             kl = (p * log_ratio).sum(dim=-1, keepdim=True)
             by_logit = log_ratio.sub_(kl).mul_(p).mul_(upstream)
             result[block] = by_logit.masked_fill_(upstream == 0, 0.0)
-        return result, None
+        return result, None, None, None
 
 
-def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+def full_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0, banned_ids: tuple[int, ...] = ()) -> Tensor:
     """KL(policy || reference) of each position, sum_v p_v (log p_v - log q_v) over the whole vocabulary, in nats.
 
     Differentiable once, in `logits` only. A token of probability 0 under the policy (banned in both, say) contributes
@@ -56,6 +61,7 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     Args:
         logits: (B, R, V) of the policy, any floating dtype.
         ref_logits: (B, R, V) of the reference; it receives no gradient.
+        temperature, banned_ids: of both distributions, as in `token_logprobs`.
 
     Returns:
         (B, R) float32, at least 0 up to rounding. Where the incoming gradient is 0, that of the logits is exactly 0.
@@ -65,7 +71,7 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"logits of shape {tuple(logits.shape)}, reference {tuple(ref_logits.shape)}")
-    return _FullKL.apply(logits, ref_logits.detach())
+    return _FullKL.apply(logits, ref_logits.detach(), temperature, banned_ids)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
+from dschat.models.attention import use_fast_attention
 from dschat.models.scorer import Scorer, check_probes, load_score_stats
 
 import torch
@@ -237,7 +238,7 @@ def _require(path: str, missing: list[str] | set[str]) -> None:
 
 
 def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dropout: float | None) -> PreTrainedModel:
-    """Make model and tokenizer agree: vocabulary, pad and end tokens; set the dropout when asked."""
+    """Make model and tokenizer agree: vocabulary, pad and end tokens; set dropout when asked, and attention."""
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
@@ -245,4 +246,5 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dropout: fl
         setattr(model.config, name, getattr(tokenizer, name))
     if dropout is not None:
         disable_dropout(model, dropout)
+    use_fast_attention(model)
     return model

@@ -9,11 +9,12 @@ from dschat.data.loader import collate_prompts
 from dschat.engine.deepspeed_engine import whole_model
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_objects
 from dschat.errors import UserError
-from dschat.rlhf.experience import Experience, gather_experience, score_rollout
+from dschat.rlhf.experience import FORWARD, Experience, gather_experience, score_rollout
 from dschat.rlhf.rewards import CombinedReward, Samples, Scores, write_repro
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Rollout, Sampling, generate_in_batches, row_uniforms
 from dschat.rlhf.samples import describe_rollout, learned_tokens
+from dschat.rlhf.slots import SlotDecoder
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,9 @@ class Collector:
     micro_batch_size: int  # responses of a rank scored at once
     kl_kind: str = "kl"  # one of experience.KL_KINDS
     num_samples: int = 1  # responses to each prompt
+    max_tokens: int = 0  # of a micro-batch, with padding; 0: no limit
+    old_logprobs: str = FORWARD  # or experience.SAMPLER
+    decoder: SlotDecoder | None = None  # None: the plain decode loop
 
 
 def roll_out(collector: Collector, rows: list[dict[str, Any]], seed: int) -> Rollout:
@@ -42,8 +46,9 @@ def roll_out(collector: Collector, rows: list[dict[str, Any]], seed: int) -> Rol
     runtime, num_samples, steps = collector.runtime, collector.num_samples, collector.sampling.max_new_tokens
     prompts = collate_prompts(rows, collector.tokenizer.pad_token_id)
     uniforms = row_uniforms(len(rows) * runtime.world_size * num_samples, steps, seed).unflatten(0, (-1, num_samples))
+    sample = generate_in_batches if collector.decoder is None else collector.decoder.generate
     with whole_model(collector.engine.actor, runtime.device) as actor:
-        return generate_in_batches(
+        return sample(
             actor,
             prompts["input_ids"].to(runtime.device),
             prompts["attention_mask"].to(runtime.device),
@@ -74,6 +79,9 @@ def collect(
         collector.sampling,
         collector.kl_kind,
         collector.micro_batch_size,
+        max_tokens=collector.max_tokens,
+        old_logprobs=collector.old_logprobs,
+        runtime=runtime,
     )
     experience = gather_experience(local, runtime, tokenizer.pad_token_id, num_samples)
     by_source = {name: gather_objects(given, runtime, num_samples) for name, given in scores.by_source.items()}

@@ -56,6 +56,9 @@ def evaluate_policy(
         collector.sampling,
         "kl",
         collector.micro_batch_size,
+        max_tokens=collector.max_tokens,
+        old_logprobs=collector.old_logprobs,
+        runtime=runtime,
     )
     everyone = gather_experience(local, runtime, tokenizer.pad_token_id)
     questions = gather_objects([prompt_text(row["messages"]) for row in held_out.rows], runtime)

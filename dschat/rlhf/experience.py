@@ -1,7 +1,9 @@
 """From a rollout to what PPO trains on: log-probabilities, values, scores, rewards, advantages."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_rows
 from dschat.functional import (
@@ -28,6 +30,7 @@ from torch import nn
 GAE = "gae"
 ESTIMATORS = (GAE, "rloo", "grpo", "reinforce_pp")
 KL_KINDS = ("kl", "abs", "mse", "k3", "full")
+FORWARD, SAMPLER = "forward", "sampler"  # where the log-probabilities that the ratio starts from come from
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Experience:
     finished: torch.Tensor  # (B,) bool: ended with EOS
     scores: torch.Tensor  # (B,) of the reward; 0 where there is none
     sampler_logprobs: torch.Tensor  # (B, R) as the sampler saw them
-    logprobs: torch.Tensor  # (B, R) actor, one forward
+    logprobs: torch.Tensor  # (B, R) actor, one forward or the sampler's
     ref_logprobs: torch.Tensor  # (B, R)
     entropy: torch.Tensor  # (B, R)
     kl: torch.Tensor  # (B, R) of the kind that is penalised
@@ -65,17 +68,40 @@ class Experience:
         """(B,) bool: rows with anything to learn from."""
         return self.action_mask.any(1)
 
-    def rows(self, index: torch.Tensor | slice) -> "Experience":
+    def rows(self, index: torch.Tensor | slice | list[int]) -> "Experience":
         """The given rows, without the columns that are padding in all of them."""
-        picked = {f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self) if len(getattr(self, f.name))}
-        prompt_size = int(picked["attention_mask"].sum(1).max())
-        response_size = int(picked["response_mask"].sum(1).max())
-        for name, value in picked.items():
-            if name in ("input_ids", "attention_mask"):
-                picked[name] = value[:, value.shape[1] - prompt_size :]
-            elif value.ndim == 2:
-                picked[name] = value[:, :response_size]
-        return Experience(**picked)
+        return take_rows(self, index)
+
+
+Rows = TypeVar("Rows", Rollout, Experience)
+
+
+def take_rows(batch: Rows, index: torch.Tensor | slice | list[int]) -> Rows:
+    """The given rows, without the columns that are padding in all of them."""
+    picked = {f.name: getattr(batch, f.name)[index] for f in dataclasses.fields(batch) if len(getattr(batch, f.name))}
+    prompt_size = int(picked["attention_mask"].sum(1).max())
+    response_size = int(picked["response_mask"].sum(1).max())
+    for name, value in picked.items():
+        if name in ("input_ids", "attention_mask"):
+            picked[name] = value[:, value.shape[1] - prompt_size :]
+        elif value.ndim == 2:
+            picked[name] = value[:, :response_size]
+    return type(batch)(**picked)
+
+
+def parts_of(batch: Rollout | Experience, rows: Iterable[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """``rows``, those of similar length together, in parts of at most ``max_rows`` rows and ``max_tokens`` tokens with
+    the padding that `take_rows` leaves; 0: no limit of tokens. A row that is larger by itself stands alone."""
+    sizes = torch.stack([batch.attention_mask.sum(1), batch.response_mask.sum(1)], 1).tolist()
+    parts: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: sum(sizes[row])):
+        grown = [*parts[-1], row] if parts else [row]
+        width = sum(max(sizes[each][side] for each in grown) for side in (0, 1))
+        if not parts or len(grown) > max_rows or (max_tokens and len(grown) * width > max_tokens):
+            parts.append([row])
+        else:
+            parts[-1] = grown
+    return parts
 
 
 def sequences(batch: Rollout | Experience) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,12 +110,11 @@ def sequences(batch: Rollout | Experience) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.cat([batch.attention_mask, batch.response_mask], dim=1)
 
 
-def policy_logits(
-    model: nn.Module, engine: RLHFEngine, batch: Rollout | Experience, sampling: Sampling
-) -> torch.Tensor:
-    """(B, R, V) float32 logits of the sampled distribution at each action; ``model`` is the actor or the reference."""
+def policy_logits(model: nn.Module, engine: RLHFEngine, batch: Rollout | Experience) -> torch.Tensor:
+    """(B, R, V) logits at each action, in the model's dtype, before the temperature; ``model`` is the actor or the
+    reference. `Sampling.scored` says which distribution they make."""
     ids, mask = sequences(batch)
-    return sampling.adjust(response_logits(model, engine.family, ids, mask, batch.response_ids.shape[1]))
+    return response_logits(model, engine.family, ids, mask, batch.response_ids.shape[1])
 
 
 def response_values(critic: nn.Module, batch: Rollout | Experience) -> torch.Tensor:
@@ -108,38 +133,53 @@ def score_rollout(
     sampling: Sampling,
     kl_kind: str,
     micro_batch_size: int,
+    *,
+    max_tokens: int = 0,
+    old_logprobs: str = FORWARD,
+    runtime: Runtime | None = None,
 ) -> Experience:
-    """Ask actor, reference and critic about a rollout that has been scored, in micro-batches, all in eval mode.
+    """Ask actor, reference and critic about a rollout that has been scored, all in eval mode, in micro-batches of
+    responses of similar length.
 
-    ``scores`` (B,) and ``action_mask`` (B, R) as in `Experience`; ``kl_kind`` is one of KL_KINDS.
+    Args:
+        scores: (B,) as in `Experience`, and ``action_mask`` (B, R).
+        kl_kind: one of KL_KINDS.
+        micro_batch_size: responses asked about at once.
+        max_tokens: of them with padding; 0: no limit.
+        old_logprobs: FORWARD, or SAMPLER to take the actor's side from the sampler: no forward of the actor, and each
+            token's entropy is estimated by minus its log-probability. Not with the KL of the kind "full".
+        runtime: with ``max_tokens`` on several ranks, which must make equally many passes.
     """
     engine.eval()
-    parts = []
-    for start in range(0, len(rollout.finished), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        part = Rollout(**{f.name: getattr(rollout, f.name)[rows] for f in dataclasses.fields(rollout)})
-        mask = action_mask[rows]
-        logits = policy_logits(engine.actor, engine, part, sampling)
-        ref_logits = policy_logits(engine.ref, engine, part, sampling)
-        logprobs = token_logprobs(logits, part.response_ids)
-        ref_logprobs = token_logprobs(ref_logits, part.response_ids)
-        exact = kl_kind == "full"
-        kl = full_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, kl_kind)
-        values = torch.zeros(len(part.finished), logits.shape[1] + 1, device=logits.device)
+    size = rollout.response_ids.shape
+    columns = ("sampler_logprobs", "logprobs", "ref_logprobs", "entropy", "kl", "values")
+    scored = {name: torch.zeros(size, device=scores.device) for name in columns}
+    scored["final_values"] = torch.zeros(size[0], device=scores.device)
+    parts = parts_of(rollout, range(size[0]), micro_batch_size, max_tokens)
+    if runtime is not None:
+        parts += parts[:1] * (int(all_reduce_max(len(parts), runtime)) - len(parts))
+    for rows in parts:
+        part = take_rows(rollout, rows)
+        mask = action_mask[rows, : part.response_ids.shape[1]]
+        ref_logits = policy_logits(engine.ref, engine, part)
+        found = {"ref_logprobs": token_logprobs(ref_logits, part.response_ids, **sampling.scored)}
+        if old_logprobs == SAMPLER:
+            found |= {"logprobs": part.logprobs, "entropy": -part.logprobs}
+        else:
+            logits = policy_logits(engine.actor, engine, part)
+            found["logprobs"] = token_logprobs(logits, part.response_ids, **sampling.scored)
+            found["entropy"] = entropy(logits, **sampling.scored)
+        if kl_kind == "full":
+            found["kl"] = full_kl(logits, ref_logits, **sampling.scored)
+        else:
+            found["kl"] = kl_penalty(found["logprobs"], found["ref_logprobs"], kl_kind)
         if engine.critic is not None:
             values = response_values(engine.critic, part)
-        parts.append(
-            {
-                "sampler_logprobs": _masked(part.logprobs, mask),
-                "logprobs": _masked(logprobs, mask),
-                "ref_logprobs": _masked(ref_logprobs, mask),
-                "entropy": _masked(entropy(logits), mask),
-                "kl": _masked(kl, mask),
-                "values": _masked(values[:, :-1], mask),
-                "final_values": values.gather(1, part.response_mask.sum(1, keepdim=True)).squeeze(1),
-            }
-        )
-    scored = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            found["values"] = values[:, :-1]
+            ends = part.response_mask.sum(1, keepdim=True)
+            scored["final_values"][rows] = values.gather(1, ends).squeeze(1).float()
+        for name, value in (found | {"sampler_logprobs": part.logprobs}).items():
+            scored[name][rows, : mask.shape[1]] = _masked(value, mask).float()
     return Experience(
         rollout.input_ids,
         rollout.attention_mask,

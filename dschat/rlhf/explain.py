@@ -20,6 +20,7 @@ from dschat.rlhf.self_check import tolerance
 import torch
 
 VOCABULARY_BUDGET = 2**24  # logits summed in plain Python, about 12 s; of longer answers the first tokens
+NEVER = -1e38  # the logit of a banned token
 MAX_LOG_RATIO = 20.0  # as in the run
 
 
@@ -78,18 +79,20 @@ def after_update(
     """
     engine, ids, kind = collector.engine, alone.response_ids, update.kl_loss
     engine.eval()
-    logits = policy_logits(engine.actor, engine, alone, collector.sampling)
-    ref_logits = policy_logits(engine.ref, engine, alone, collector.sampling)
-    logprobs, ref_again = token_logprobs(logits, ids), token_logprobs(ref_logits, ids)
-    columns = {"new_logprob": logprobs, "ref_again": ref_again, "new_entropy": entropy_of(logits)}
+    scored = collector.sampling.scored
+    logits, ref_logits = (policy_logits(model, engine, alone) for model in (engine.actor, engine.ref))
+    logprobs, ref_again = (token_logprobs(each, ids, **scored) for each in (logits, ref_logits))
+    columns = {"new_logprob": logprobs, "ref_again": ref_again, "new_entropy": entropy_of(logits, **scored)}
     if kind is not None:
         exact = kind == "full"
-        columns["new_kl"] = full_kl(logits, ref_logits) if exact else kl_penalty(logprobs, alone.ref_logprobs, kind)
+        estimate = full_kl(logits, ref_logits, **scored) if exact else kl_penalty(logprobs, alone.ref_logprobs, kind)
+        columns["new_kl"] = estimate
     if engine.critic is not None:
         columns["new_value"] = response_values(engine.critic, alone)[:, :-1]
     found = {name: [column[0, t].item() for t in trace.actions] for name, column in columns.items()}
     for k, t in enumerate(trace.actions[:num_summed]):
-        expected, slack = vocabulary_sums(logits[0, t].tolist(), ref_logits[0, t].tolist(), int(ids[0, t]))
+        adjusted = [_adjusted(each[0, t].tolist(), **scored) for each in (logits, ref_logits)]
+        expected, slack = vocabulary_sums(adjusted[0], adjusted[1], int(ids[0, t]))
         if kind != "full":
             del expected["new_kl"]
         for name, number in expected.items():
@@ -110,6 +113,14 @@ def after_update(
             term | _value_term(row, t, alone, values, update) for t, term in zip(trace.actions, terms, strict=True)
         ]
     return found | {name: [term[name] for term in terms] for name in (terms[0] if terms else {})}
+
+
+def _adjusted(logits: Floats, temperature: float, banned_ids: tuple[int, ...]) -> Floats:
+    """Of the distribution that is sampled from."""
+    adjusted = [logit / temperature for logit in logits]
+    for token in banned_ids:
+        adjusted[token] = NEVER
+    return adjusted
 
 
 def vocabulary_sums(logits: Floats, ref_logits: Floats, token: int) -> tuple[dict[str, float], float]:

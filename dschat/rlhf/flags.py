@@ -8,9 +8,10 @@ from dschat.engine.deepspeed_engine import TrainSpec
 from dschat.errors import UserError
 from dschat.flags import SCHEDULES, ZERO_STAGES, DataFlags, RunFlags
 from dschat.rlhf.build import ModelsSpec
-from dschat.rlhf.experience import ESTIMATORS, GAE, KL_KINDS, Shaping
+from dschat.rlhf.experience import ESTIMATORS, FORWARD, GAE, KL_KINDS, SAMPLER, Shaping
 from dschat.rlhf.ppo_trainer import UpdateSpec
 from dschat.rlhf.rewards import parse_reward
+from dschat.rlhf.slots import ROLLOUT_ENGINES, SLOTS
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,9 @@ class RolloutFlags:
     temperature: float = flag(1.0, "of sampling, and of every log-probability")
     top_k: int = flag(0, "must stay 0: the scored distribution would not be the sampled one")
     top_p: float = flag(1.0, "must stay 1: the scored distribution would not be the sampled one")
+    rollout_engine: str = flag(
+        SLOTS, "slots: a preallocated cache whose places are refilled; hf: a plain loop", choices=ROLLOUT_ENGINES
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "per_device_generation_batch_size", "generation_batches", "num_samples_per_prompt")
@@ -113,6 +117,14 @@ class UpdateFlags:
 
     per_device_training_batch_size: int = flag(16, "answers per rank and micro-batch of training and scoring")
     gradient_accumulation_steps: int = flag(1, "micro-batches per minibatch, that is per optimizer step")
+    max_tokens_per_batch: int = flag(
+        0, "tokens of a micro-batch of training and scoring at most, with padding; 0: no limit but that of answers"
+    )
+    old_logprobs: str = flag(
+        FORWARD,
+        "what the policy ratio starts from: a forward of the actor, or the sampler's own, which saves that forward",
+        choices=(FORWARD, SAMPLER),
+    )
     ppo_epochs: int = flag(1, "passes over a rollout, each in a fresh order")
     cliprange: float = flag(0.2, "the policy ratio is clipped to 1 ± this")
     dual_clip: float = flag(0.0, "bound of the ratio where the advantage is negative, above 1; 0: none")
@@ -129,6 +141,7 @@ class UpdateFlags:
         require_positive(self, "per_device_training_batch_size", "gradient_accumulation_steps", "ppo_epochs")
         require_positive(self, "cliprange", "cliprange_value", "vf_coef")
         require_not_negative(self, "dual_clip", "entropy_coef", "max_approx_kl", "max_ratio", "critic_warmup_rollouts")
+        require_not_negative(self, "max_tokens_per_batch")
         for name in ("dual_clip", "max_ratio"):
             if 0 < getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: expected a ratio above 1, or 0 for none")
@@ -228,6 +241,8 @@ class PPOFlags(
         if self.advantage_estimator != GAE and (self.critic_warmup_rollouts or self.missing_eos == "bootstrap"):
             given = "--critic_warmup_rollouts" if self.critic_warmup_rollouts else "--missing_eos bootstrap"
             raise UserError(f"{given} needs a critic; use --advantage_estimator gae")
+        if self.old_logprobs == SAMPLER and self.kl_penalty == "full":
+            raise UserError("--old_logprobs sampler knows no whole distribution, as --kl_penalty full needs it")
         if self.best_metric != "none" and not self.eval_interval:
             raise UserError("--best_metric is measured at evaluations; give --eval_interval")
 
@@ -311,6 +326,7 @@ class PPOFlags(
             unsup_coef=self.unsup_coef if self.ptx_data_path else 0.0,
             max_approx_kl=self.max_approx_kl,
             max_ratio=self.max_ratio,
+            max_tokens=self.max_tokens_per_batch,
         )
 
     def ptx_spec(self) -> DataSpec:

@@ -18,7 +18,7 @@ from dschat.functional import (
     token_mean,
 )
 from dschat.models.forward import model_inputs
-from dschat.rlhf.experience import Experience, policy_logits, response_values
+from dschat.rlhf.experience import Experience, parts_of, policy_logits, response_values
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling
 
@@ -33,7 +33,7 @@ class UpdateSpec:
 
     ppo_epochs: int
     minibatch_size: int  # of all ranks: one optimizer step
-    micro_batch_size: int  # of one rank: one forward and backward
+    micro_batch_size: int  # of one rank at most: one forward and backward
     cliprange: float
     cliprange_value: float
     dual_clip: float | None = None
@@ -43,6 +43,7 @@ class UpdateSpec:
     unsup_coef: float = 0.0
     max_approx_kl: float = 0.0  # 0: no limit
     max_ratio: float = 0.0  # 0: no limit
+    max_tokens: int = 0  # of a micro-batch, with padding; 0: no limit
 
 
 def train_rlhf(
@@ -118,10 +119,10 @@ def add_policy_gradient(
     engine.train()
     num_tokens = float(minibatch.action_mask.sum())
     sums = _Sums()
-    for batch in micro_batches(minibatch, spec.micro_batch_size, runtime):
+    for batch in micro_batches(minibatch, spec, runtime):
         mask = batch.action_mask
-        logits = policy_logits(engine.actor, engine, batch, sampling)
-        logprobs = token_logprobs(logits, batch.response_ids)
+        logits = policy_logits(engine.actor, engine, batch)
+        logprobs = token_logprobs(logits, batch.response_ids, **sampling.scored)
         loss, policy = ppo_policy_loss(
             logprobs,
             batch.logprobs,
@@ -137,14 +138,14 @@ def add_policy_gradient(
             if name in policy:
                 sums.add(f"policy/{name}", policy[name] * share)
         if spec.entropy_coef:
-            bonus = token_mean(entropy(logits), mask, denominator=num_tokens)
+            bonus = token_mean(entropy(logits, **sampling.scored), mask, denominator=num_tokens)
             sums.add("policy/entropy_per_token", bonus)
             loss = loss - spec.entropy_coef * bonus
         if spec.kl_loss is not None:
             if spec.kl_loss == "full":
                 with torch.no_grad():
-                    ref_logits = policy_logits(engine.ref, engine, batch, sampling)
-                kl = full_kl(logits, ref_logits)
+                    ref_logits = policy_logits(engine.ref, engine, batch)
+                kl = full_kl(logits, ref_logits, **sampling.scored)
             else:
                 # Padding has a log-probability of about -1e38, whose penalty is infinite: 0 times it is not a number.
                 kl = kl_penalty(torch.where(mask, logprobs, batch.ref_logprobs), batch.ref_logprobs, spec.kl_loss)
@@ -192,7 +193,7 @@ def add_critic_gradient(engine: RLHFEngine, minibatch: Experience, spec: UpdateS
     engine.train()
     num_tokens = float(minibatch.action_mask.sum())
     sums = _Sums()
-    for batch in micro_batches(minibatch, spec.micro_batch_size, runtime):
+    for batch in micro_batches(minibatch, spec, runtime):
         values = response_values(critic, batch)[:, :-1]
         loss, stats = ppo_value_loss(
             values, batch.values, batch.returns, batch.action_mask, spec.cliprange_value, denominator=num_tokens
@@ -203,11 +204,17 @@ def add_critic_gradient(engine: RLHFEngine, minibatch: Experience, spec: UpdateS
     return sums.reduce(runtime)
 
 
-def micro_batches(minibatch: Experience, size: int, runtime: Runtime) -> Iterator[Experience]:
-    """This rank's rows of a minibatch, ``size`` at a time."""
-    rows = torch.arange(runtime.rank, len(minibatch), runtime.world_size, device=minibatch.scores.device)
-    for part in rows.split(size):
+def micro_batches(minibatch: Experience, spec: UpdateSpec, runtime: Runtime) -> Iterator[Experience]:
+    """This rank's rows of a minibatch, every world_size-th, in parts of similar length. A rank with fewer parts than
+    another ends with parts that have no action, so that all make equally many passes."""
+    everyone = [range(rank, len(minibatch), runtime.world_size) for rank in range(runtime.world_size)]
+    parts = [parts_of(minibatch, rows, spec.micro_batch_size, spec.max_tokens) for rows in everyone]
+    for part in parts[runtime.rank]:
         yield minibatch.rows(part)
+    filler = minibatch.rows([0])
+    filler.action_mask = filler.action_mask & False
+    for _ in range(max(map(len, parts)) - len(parts[runtime.rank])):
+        yield filler
 
 
 @torch.no_grad()
@@ -218,8 +225,9 @@ def too_far(engine: RLHFEngine, minibatch: Experience, sampling: Sampling, spec:
         return False
     num_tokens = float(minibatch.action_mask.sum())
     sums = _Sums()
-    for batch in micro_batches(minibatch, spec.micro_batch_size, runtime):
-        logprobs = token_logprobs(policy_logits(engine.actor, engine, batch, sampling), batch.response_ids)
+    for batch in micro_batches(minibatch, spec, runtime):
+        logits = policy_logits(engine.actor, engine, batch)
+        logprobs = token_logprobs(logits, batch.response_ids, **sampling.scored)
         _, stats = ppo_policy_loss(logprobs, batch.logprobs, batch.advantages, batch.action_mask, spec.cliprange)
         sums.add("kl", stats["approx_kl"] * stats["num_tokens"] / num_tokens)
         sums.maximum("ratio", stats["ratio_max"])

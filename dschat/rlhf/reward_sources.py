@@ -42,7 +42,7 @@ class FullReward:
         model: a `Scorer` or a DeepSpeed engine around one. At ZeRO 3 a call is a collective, with equally many
             responses on every rank.
         tokenizer: of the reward model.
-        micro_batch_size: responses scored at once, in order.
+        micro_batch_size: responses scored at once, those of similar length together.
     """
 
     def __init__(
@@ -65,8 +65,11 @@ class FullReward:
     def __call__(self, samples: Samples) -> Judged:
         rows, fits = self._rows(samples)
         assert self.tokenizer.pad_token_id is not None
-        scores = score_token_ids(self.model, rows, self.tokenizer.pad_token_id, self.micro_batch_size, self.device)
-        return Judged([score if fit else None for score, fit in zip(scores, fits, strict=True)])
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        by_length = [rows[i] for i in order]
+        found = score_token_ids(self.model, by_length, self.tokenizer.pad_token_id, self.micro_batch_size, self.device)
+        scores = dict(zip(order, found, strict=True))
+        return Judged([scores[i] if fit else None for i, fit in enumerate(fits)])
 
     def padding_gap(self, samples: Samples) -> float:
         """By how much padding changes the first few scores; see `dschat.models.scorer.padding_gap`."""

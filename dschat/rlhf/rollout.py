@@ -1,14 +1,15 @@
 """Sampling responses: one decode loop for training, evaluation and chat.
 
-The sampler and the trainer share one distribution, `Sampling.adjust`: log-probabilities of a response are those of the
+The sampler and the trainer share one distribution, `Sampling.scored`: log-probabilities of a response are those of the
 distribution that it was drawn from. Random numbers come from the caller, one per (row, step), so that a response
 depends on the seed and its global row and not on the number of ranks or on the batch around it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from dschat.functional import token_logprobs
+from dschat.functional.logprobs import log_softmax
 from dschat.models.forward import takes_positions
 
 import torch
@@ -30,13 +31,11 @@ class Sampling:
     top_p: float = 1.0
     banned_ids: tuple[int, ...] = field(default=(), repr=False)
 
-    def adjust(self, logits: torch.Tensor) -> torch.Tensor:
-        """(…, V) -> (…, V) float32 logits of the distribution sampled and scored, before any top-k or top-p."""
-        logits = logits.float()
-        if self.banned_ids:
-            banned = torch.tensor(self.banned_ids, device=logits.device)
-            logits = logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)
-        return logits / self.temperature if self.temperature not in (0.0, 1.0) else logits
+    @property
+    def scored(self) -> dict[str, Any]:
+        """The distribution that is sampled from, before any top-k or top-p, as `functional.token_logprobs`,
+        ``entropy`` and ``full_kl`` take it. Greedy choices are scored at temperature 1."""
+        return {"temperature": self.temperature or 1.0, "banned_ids": self.banned_ids}
 
 
 def banned_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
@@ -192,21 +191,21 @@ def decode(
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, V), (N,) -> tokens (N,), their log-probabilities (N,) under ``sampling.adjust``.
+    """(N, V), (N,) -> tokens (N,), their log-probabilities (N,) under ``sampling.scored``.
 
     By the inverse of the cumulative distribution: several times faster on a CPU than ``torch.multinomial``.
     """
-    adjusted = sampling.adjust(logits)
+    logp = log_softmax(logits, **sampling.scored)
     if sampling.temperature == 0:
-        tokens = adjusted.argmax(-1)
+        tokens = logp.argmax(-1)
     else:
-        probabilities = _filtered(adjusted, sampling).softmax(-1)
-        cumulative = probabilities.cumsum(-1)
+        # Without a filter these are probabilities already; top-k and top-p leave something to be divided by.
+        cumulative = _filtered(logp, sampling).exp().cumsum(-1)
         total = cumulative[:, -1]
         # Strictly below the total, so that the token found always has a probability above zero.
         target = torch.minimum(uniforms.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
-    return tokens, token_logprobs(adjusted[:, None], tokens[:, None]).squeeze(1)
+    return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
 
 
 def _filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dschat.data.loader import Batch, collate_prompts, collate_sft, prompt_strea
 from dschat.data.prepare import load_rows
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.deepspeed_engine import learning_rate, save_weights
+from dschat.engine.deepspeed_engine import learning_rate, save_weights, whole_model
 from dschat.engine.distributed import Runtime, init_runtime, main_process_first
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
@@ -42,7 +42,9 @@ from dschat.rlhf.self_check import (
     check_experience,
     check_first_minibatch,
     check_reward_padding,
+    tolerance,
 )
+from dschat.rlhf.slots import create_decoder
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -95,16 +97,25 @@ def main(argv: list[str] | None = None) -> None:
     longest = config.max_prompt_seq_len + config.max_answer_seq_len
     check_context(engine.family.config, longest, "--max_prompt_seq_len + --max_answer_seq_len")
     banned = banned_token_ids(tokenizer, engine.family.config.vocab_size)
+    sampling = Sampling(config.max_answer_seq_len, config.temperature, banned_ids=banned)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with whole_model(engine.actor, runtime.device) as whole:
+        decoder, line = create_decoder(config.rollout_engine, whole, sampling, limit=tolerance(dtype), **ends)
+    if line:
+        console.print(line)
     collector = Collector(
         engine,
         rewards,
         tokenizer,
-        Sampling(config.max_answer_seq_len, config.temperature, banned_ids=banned),
+        sampling,
         runtime,
         config.per_device_generation_batch_size,
         config.per_device_training_batch_size,
         config.kl_penalty,
         config.num_samples_per_prompt,
+        config.max_tokens_per_batch,
+        config.old_logprobs,
+        decoder,
     )
 
     def save_actor(name: str) -> None:
