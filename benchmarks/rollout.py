@@ -1,13 +1,13 @@
-"""Sampling answers: our engine beside Hugging Face's ``generate`` and transformers' continuous batching, turn by turn.
+"""Sampling answers: our engine, our plain loop, Hugging Face's ``generate`` and transformers' continuous batching.
 
     python benchmarks/rollout.py                                   4 layers x 256, 64 + 64 tokens, batch 16, bf16
     python benchmarks/rollout.py --lengths drawn --json rollout.json
     python benchmarks/rollout.py --size 1.3b --batch 128 --prompt 256 --response 256           on a GPU
 
-All sides sample from the same model, on random prompts of one length, at temperature 1. Fixed lengths: EOS is never
-drawn. Drawn lengths: EOS has one probability at every step, so that lengths are geometric with a mean of a quarter of
-the limit, and cut off there. Both come from a bias in the model (`shapes.set_stops`), which all sides pay alike. Ours
-returns the log-probabilities of its tokens too, which the others are not asked for.
+They take turns. All sides sample from the same model, on random prompts of one length, at temperature 1. Fixed
+lengths: EOS is never drawn. Drawn lengths: EOS has one probability at every step, so that lengths are geometric with
+a mean of a quarter of the limit, and cut off there. Both come from a bias in the model (`shapes.set_stops`), which
+all sides pay alike. Ours returns the log-probabilities of its tokens too, which the others are not asked for.
 """
 
 import argparse
@@ -16,7 +16,9 @@ from collections.abc import Callable
 from itertools import count
 
 from dschat.errors import UserError, run_program
+from dschat.models.attention import use_fast_attention
 from dschat.rlhf.rollout import Sampling, banned_token_ids, generate, row_uniforms
+from dschat.rlhf.slots import SlotDecoder
 
 import torch
 from harness import add_turn_flags, parser, phase_header, phase_row, ratios, report, require_same, start
@@ -25,7 +27,7 @@ from shapes import EOS_ID, PAD_ID, Shape, model_config, random_model, random_pro
 from transformers import GenerationConfig, PreTrainedModel
 from turns import Facts, interleave, now, peak_gb
 
-ENGINES = ("dschat", "generate", "continuous")
+ENGINES = ("dschat", "plain", "generate", "continuous")
 RATES = ("sequences", "response_tokens")
 
 
@@ -59,7 +61,14 @@ def engine(name: str, model: PreTrainedModel, args: argparse.Namespace) -> Calla
     )
     ends = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
 
+    decoder = SlotDecoder()
+
     def ours(prompts: torch.Tensor, seed: int) -> list[int]:
+        uniforms = row_uniforms(args.batch, args.response, seed)
+        given = (model, prompts, torch.ones_like(prompts), sampling, uniforms)
+        return decoder.generate(*given, batch_size=args.batch, **ends).response_mask.sum(1).tolist()
+
+    def plain(prompts: torch.Tensor, seed: int) -> list[int]:
         uniforms = row_uniforms(args.batch, args.response, seed)
         rollout = generate(model, prompts, torch.ones_like(prompts), sampling, uniforms, **ends)
         return rollout.response_mask.sum(1).tolist()
@@ -72,12 +81,15 @@ def engine(name: str, model: PreTrainedModel, args: argparse.Namespace) -> Calla
         answers = model.generate_batch(prompts.tolist(), generation_config=options, warmup=device.type == "cuda")
         return [len(answer.generated_tokens) for answer in answers.values()]
 
-    sample = {"dschat": ours, "generate": hugging_face, "continuous": continuous}[name]
+    sample = {"dschat": ours, "plain": plain, "generate": hugging_face, "continuous": continuous}[name]
 
     def turn() -> Facts:
         seed = next(rounds)
         torch.manual_seed(seed)
         prompts = random_prompts(vocab_size, args.batch, args.prompt, seed).to(device)
+        model.set_attn_implementation("sdpa")
+        if name == "dschat":
+            use_fast_attention(model)
         begin = now()
         lengths = sample(prompts, seed)
         seconds = now() - begin

@@ -63,6 +63,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        query, key, value = (x.contiguous() for x in (query, key, value))  # copied once for both passes
         result, kept = _forward(query, key, value, mask, scaling, keep=key.shape[2] <= _KEPT_KEYS)
         ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), *kept)
         ctx.has_mask, ctx.scaling = mask is not None, scaling
@@ -73,12 +74,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, *rest = ctx.saved_tensors
         mask = rest.pop(0) if ctx.has_mask else None
-        of_query, of_key, of_value = (torch.zeros_like(x) for x in (query, key, value))
+        gradient = gradient.transpose(1, 2).contiguous()
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for number, (rows, queries, num_keys) in enumerate(_blocks(query, key, mask)):
             keys = slice(num_keys)
             q, k, v = _grouped(query[rows, :, queries], key), key[rows, :, keys], value[rows, :, keys]
             p = rest[number] if rest else _probabilities(q, k, _part(mask, rows, queries, keys), ctx.scaling)
-            upstream = _grouped(gradient.transpose(1, 2)[rows, :, queries], key)
+            upstream = _grouped(gradient[rows, :, queries], key)
             of_value[rows, :, keys] += _product(p.transpose(-1, -2), upstream)
             through = _product(upstream, v.transpose(-1, -2))
             of_scores = torch._softmax_backward_data(through, p, -1, p.dtype)
