@@ -169,3 +169,38 @@ def test_entropy_of_no_positions():
     logits = torch.zeros(2, 0, 4, requires_grad=True)
     entropy(logits).sum().backward()
     assert logits.grad.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("banned", [(), (0, 4)])
+@pytest.mark.parametrize("name", ["token_logprobs", "entropy", "full_kl"])
+def test_temperature_and_banned_tokens_against_float64(name, temperature, banned, monkeypatch):
+    """Values and gradients of the definition; the logits that come in stay as they are."""
+    monkeypatch.setattr(logprobs_module, "_CPU_BLOCK", 2 * 7)
+    generator = torch.Generator().manual_seed(0)
+    logits, reference, weight = (3 * torch.randn(2, 3, n, generator=generator) for n in (7, 7, 1))
+    ids = torch.tensor([[1, 2, 3], [5, 6, 1]])
+    found, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    without = torch.tensor(banned, dtype=torch.long)
+    logp, logq = (
+        (x / temperature).index_fill(-1, without, -1e300).log_softmax(-1) for x in (exact, reference.double())
+    )
+    options = {"temperature": temperature, "banned_ids": banned}
+    ours, theirs = {
+        "token_logprobs": (lambda: token_logprobs(found, ids, **options), logp.gather(-1, ids[..., None])[..., 0]),
+        "entropy": (lambda: entropy(found, **options), -(logp.exp() * logp).sum(-1)),
+        "full_kl": (lambda: full_kl(found, reference, **options), (logp.exp() * (logp - logq)).sum(-1)),
+    }[name]
+    value = ours()
+    assert_close(value.double(), theirs, atol=1e-5, rtol=1e-5)
+    (value * weight[..., 0]).sum().backward()
+    (theirs * weight[..., 0].double()).sum().backward()
+    assert_close(found.grad.double(), exact.grad, atol=1e-5, rtol=1e-4)
+    assert found.detach().equal(logits)
+
+
+def test_a_temperature_divides_what_has_been_made_float32():
+    logits = 8 * torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.randint(50, (2, 3), generator=torch.Generator().manual_seed(1))
+    exact = (logits.double() / 0.7).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    assert_close(token_logprobs(logits, ids, 0.7).double(), exact, atol=1e-5, rtol=1e-5)
