@@ -5,12 +5,14 @@ command line over an optional ``--config file.yaml`` over the defaults. Every mi
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -67,6 +69,24 @@ def parse_config(
     if missing:
         raise UserError(f"missing {', '.join(missing)}; see --help")
     return config_class(**values)
+
+
+def read_flags(sources: Iterable[Path], name: str = "Config") -> dict[str, str]:
+    """The flags of class ``name`` and their types, read from source text, where importing it would import torch.
+
+    ``sources``: the files of the class and of all its bases.
+    """
+    nodes = [node for path in sources for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+
+    def fields(node: ast.ClassDef) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for base in node.bases:
+            found |= fields(classes[ast.unparse(base)])
+        own = (item for item in node.body if isinstance(item, ast.AnnAssign))
+        return found | {ast.unparse(item.target): ast.unparse(item.annotation) for item in own}
+
+    return fields(classes[name])
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -92,7 +92,12 @@ def test_the_real_stages_end_to_end(tmp_path):
         run = json.loads((out / directory / "run.json").read_text())
         assert (run["role"], run["seed"], run["config"]["data_path"]) == (role, 9, ["toy"])
     assert (out / "step3-models/toy/actor/model.safetensors").is_file()
+    again = run_real("--seed", "9", "--output-dir", "my out", ALLOW, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count(": done, as before (") == 3, again.stdout
+    after = json.loads((out / "summary.json").read_text())
+    assert after | {"seconds": 0} == summary | {"seconds": 0} and after["peak_rss_gb"] == summary["peak_rss_gb"]
     shown = result.stdout.partition("held-out prompts (not the best)")[2]
+    assert again.stdout.partition("held-out prompts (not the best)")[2] == shown
     assert shown.count("\n  SFT [") == shown.count("\n  PPO [") == 5
     assert sorted(path.name for path in out.iterdir()) == [
         "actor-models",
