@@ -21,7 +21,16 @@ NO_CONTENT = {DONE, STARTED, "run.json", "metrics.jsonl", "tensorboard", "checkp
 NEW_CODE = "the code changed"
 # Flags that change nothing of the output but where and how comfortably it is made.
 NO_EFFECT = {
-    *("output_dir", "data_output_path", "num_workers", "show_batch", "log_interval", "num_shown", "stall_timeout"),
+    *(
+        "output_dir",
+        "data_output_path",
+        "num_workers",
+        "show_batch",
+        "log_interval",
+        "num_shown",
+        "stall_timeout",
+        "trust_remote_code",
+    ),
     *("resume", "fresh", "checkpoint_interval", "keep_checkpoints", "reward_api_timeout", "reward_api_retries"),
 }
 
