@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from dschat import remote_code
 from dschat.errors import UserError
 
 Config = TypeVar("Config")
@@ -45,6 +46,7 @@ def parse_config(
 
     ``removed`` maps a flag of DeepSpeed-Chat that has no meaning here to the sentence that says what replaces it.
     ``--local_rank``, which the deepspeed launcher adds, is taken and left to the environment variable of that name.
+    ``--trust_remote_code``, where the class has it, takes effect here, for the whole process.
 
     Raises:
         UserError: unknown, removed, missing or ill-typed flag, bad choice, unreadable or unknown YAML key.
@@ -68,7 +70,9 @@ def parse_config(
     missing = [f"--{n}" for n, f in fields.items() if _default(f) is dataclasses.MISSING and n not in values]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; see --help")
-    return config_class(**values)
+    config = config_class(**values)
+    remote_code.trust(getattr(config, "trust_remote_code", False))
+    return config
 
 
 def read_flags(sources: Iterable[Path], name: str = "Config") -> dict[str, str]:

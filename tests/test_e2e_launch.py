@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from dschat.errors import UserError
@@ -135,6 +137,45 @@ def test_two_ranks_through_the_deepspeed_launcher(tmp_path):
     assert run["config"]["actor_zero_stage"] == 2
     rows = (tmp_path / "output/step3-models/toy/samples.jsonl").read_text().splitlines()
     assert len(rows) == 12 * 3  # before, best of 2, after
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (signal.SIGSTOP, "rank 1 did not answer for 10 s: stopped, or its machine is gone; last at "),
+        (signal.SIGKILL, "was killed by SIGKILL; out of memory is the usual cause"),
+    ],
+)
+def test_a_rank_that_dies_or_stalls_ends_everything(fault, cause, tmp_path):
+    command = [sys.executable, str(PROGRAM), "--num-ranks", "2", "--stall_timeout", "10", "--deployment-type", "cpu"]
+    env = {name: text for name, text in os.environ.items() if name != "DSCHAT_LAUNCH"} | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+    log = tmp_path / "output/actor-models/toy/metrics.jsonl"
+    while not (log.is_file() and '"loss"' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.2)
+    ranks = ranks_below(tmp_path)
+    os.kill(ranks[1], fault)
+    start = time.time()
+    _, errors = process.communicate(timeout=70)
+    assert process.returncode and time.time() - start < 70
+    last = errors.splitlines()[-1]
+    assert last.startswith("rank 1 ") and cause in last and not ranks_below(tmp_path)
+
+
+def ranks_below(folder):
+    """The running processes of the job in ``folder``: rank -> process id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_text().split("\0")
+            if Path(os.readlink(path / "cwd")) == folder and words[2].endswith("main.py"):
+                found[int(words[3].removeprefix("--local_rank="))] = int(path.name)
+        except (OSError, IndexError, ValueError):
+            continue
+    return found
 
 
 @pytest.mark.long
