@@ -121,10 +121,9 @@ class StageRecord:
 
     def start(self, made_from: MadeFrom, anew: bool) -> None:
         """To be called before the stage: the finished record stays until its output is replaced."""
-        if anew or not self.started:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            begun = {"made_from": asdict(made_from), "anew": anew}
-            write_whole(self.directory / STARTED, json.dumps(begun, indent=1) + "\n")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        begun = {"made_from": asdict(made_from), "anew": anew}
+        write_whole(self.directory / STARTED, json.dumps(begun, indent=1) + "\n")
 
     def finish(self, made_from: MadeFrom, seconds: float, peak_rss_gb: float) -> None:
         """To be called when the stage has ended well."""
