@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+CHECKS := .venv/checks
 
-.PHONY: setup demo test test-all check docs clean
+.PHONY: setup demo test test-all check audit docs clean
 
 setup: $(READY)
 
@@ -24,11 +25,21 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest
 
-check: $(READY)
+check: $(READY) $(CHECKS)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dschat
 	$(BIN)/python docs/flags.py --check
+	git ls-files -z | xargs -0 $(CHECKS)/bin/detect-secrets-hook
+
+# Needs the network: asks for the known vulnerabilities of what is pinned.
+audit: $(CHECKS)/.ready
+	$(CHECKS)/bin/pip-audit --requirement requirements.txt
+
+$(CHECKS)/.ready: requirements-check.txt $(READY)
+	$(PYTHON) -m venv $(CHECKS)
+	$(CHECKS)/bin/pip install --quiet --requirement requirements-check.txt
+	touch $@
 
 docs: $(READY)
 	$(BIN)/python docs/flags.py

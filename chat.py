@@ -47,6 +47,7 @@ class Config:
     dtype: str = flag("auto", "of the weights; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
     device: str = flag("auto", "cpu, cuda or cuda:N; auto: the GPU when there is one")
     chat_template: str = flag("auto", "auto: the one stored with the model, else plain Human/Assistant; plain; a file")
+    trust_remote_code: bool = flag(False, "run the Python code that the model brings along, with your rights")
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:

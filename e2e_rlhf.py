@@ -9,31 +9,31 @@ The flags of the stages' programs work here too: --NAME goes to every stage that
 --ppo.NAME, --dpo.NAME and --answers.NAME go to one stage and outweigh --NAME (`python
 training/step1_supervised_finetuning/main.py --help` lists those of step 1). DSCHAT_LAUNCH in the environment replaces
 the launcher: DSCHAT_LAUNCH="deepspeed --hostfile hosts".
+
+A second start runs only what is not done: a stage that has not finished, and one whose flags, code, data or earlier
+stage changed, each with the reason. --fresh runs all again.
 """
 
 import argparse
-import ast
 import difflib
-import functools
 import json
 import os
-import re
 import resource
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dschat.data import toy
+from dschat.engine.launch import choose_launcher, wait_for
 from dschat.errors import UserError, run_program
 from dschat.report.metrics import prepare_output_dir, write_whole
 from dschat.report.reward_quality import QUALITY_FOLDER, read_quality
+from dschat.report.stage_record import NO_EFFECT, Hashes, MadeFrom, StageRecord, code_hash, named_paths
 from dschat.report.summary import (
     before_and_after,
     grade,
@@ -43,40 +43,21 @@ from dschat.report.summary import (
     results_table,
     summarize,
 )
+from training.stages import (
+    DEPLOYMENTS,
+    METHODS,
+    NEEDS,
+    SET_HERE,
+    STAGES,
+    Model,
+    find_model,
+    find_recipe,
+    flag_types,
+    list_recipes,
+    program,
+)
 
 ROOT = Path(__file__).resolve().parent
-DEPLOYMENTS = ("cpu", "single_gpu", "single_node", "multi_node")
-SET_HERE = ("output_dir", "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path")
-SECONDS_TO_STOP = 10
-
-
-@dataclass(frozen=True)
-class Stage:
-    step: int  # as in --step
-    title: str
-    program: str  # below training/
-    record: str = "run.json"  # what it leaves when it is done
-
-
-# The keys are those of --sft.NAME and of summary.json.
-STAGES = {
-    "sft": Stage(1, "supervised fine-tuning", "step1_supervised_finetuning/main.py"),
-    "reward": Stage(2, "reward model", "step2_reward_model_finetuning/main.py"),
-    "ppo": Stage(3, "PPO", "step3_rlhf_finetuning/main.py"),
-    "dpo": Stage(2, "DPO", "step2_dpo_finetuning/main.py"),
-    "answers": Stage(3, "answers side by side", "step1_supervised_finetuning/prompt_eval.py", "summary.json"),
-}
-METHODS = {"ppo": ("sft", "reward", "ppo"), "dpo": ("sft", "dpo", "answers")}
-# What of the stages before it a stage starts from.
-NEEDS = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward"), "dpo": ("sft",), "answers": ("sft", "dpo")}
-
-
-@dataclass(frozen=True)
-class Model:
-    path: str  # what a stage loads
-    family: str  # its recipe is training_scripts/<family>/<deployment>/run_<size>.sh
-    size: str
-    name: str  # of its output directory
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,31 +86,38 @@ def main() -> None:
     outputs |= {"ppo": output / "step3-models" / actor.name, "dpo": output / "dpo-models" / actor.name}
     data = args.data_path or (["toy"] if actor.family == "toy" else None)
     deployment, launcher = choose_launcher(args.deployment_type, args.num_ranks)
-    commands = {}
-    for key in stages:
-        flags = stage_flags(key, args, models[key], data, outputs)
-        if key == "answers":
-            commands[key] = [sys.executable, str(ROOT / "training" / STAGES[key].program), *flags]
-        else:
-            commands[key] = [str(find_recipe(key, models[key], deployment)), *flags]
-    needed = {earlier for key in stages for earlier in NEEDS[key] if key != "reward" or from_sft}
-    for key in sorted(needed - set(stages), key=lambda key: STAGES[key].step):
+    flags = {key: stage_flags(key, args, models[key], data, outputs) for key in stages}
+    commands = {key: command(key, models[key], deployment, flags[key]) for key in stages}
+    needs = {key: [stage for stage in NEEDS[key] if key != "reward" or from_sft] for key in stages}
+    for key in sorted(set().union(*needs.values()) - set(stages), key=lambda key: STAGES[key].step):
         if not (outputs[key] / STAGES[key].record).is_file():
             step = STAGES[key].step
             raise UserError(f"{outputs[key]} does not hold the output of step {step}; run --step {step} first")
     prepare_output_dir(str(output))
-    (output / "summary.json").unlink(missing_ok=True)  # it tells of models that are replaced from here on
 
-    seconds = {}
-    for key, command in commands.items():
+    placed = placement(args, deployment, launcher)
+    hashes = Hashes(leave_out=output)
+    records = {key: StageRecord(outputs[key], hashes) for key in METHODS[args.method]}
+    for key in stages:
+        before = {f"step {STAGES[stage].step}": outputs[stage] for stage in needs[key]}
+        made_from = provenance(key, flags[key], {} if key == "answers" else placed, before, hashes)
+        if not args.fresh and (outputs[key] / STAGES[key].record).is_file() and records[key].is_done(made_from):
+            print(f"step {STAGES[key].step}: done, as before ({outputs[key]})", flush=True)
+            continue
+        reasons, anew = (["--fresh"], True) if args.fresh else records[key].why_again(made_from)
+        if reasons:
+            print(f"step {STAGES[key].step} again: {'; '.join(reasons)}", flush=True)
+        (output / "summary.json").unlink(missing_ok=True)  # it tells of models that are replaced from here on
+        records[key].start(made_from, anew)
         title = f"[{STAGES[key].step}/3] {STAGES[key].title}"
         start_from = ", ".join(str(outputs[stage]) for stage in NEEDS[key]) if key == "answers" else models[key].path
         print(f"{title}: {start_from} -> {outputs[key]}", flush=True)
-        seconds[key] = run_stage(key, command, outputs[key], output / f"error-{key}.txt", launcher)
-        print(f"{title} done in {seconds[key]:.1f} s", flush=True)
+        words = [*commands[key], *["--fresh"] * (anew and "fresh" in flag_types(key))]
+        seconds = run_stage(key, words, outputs[key], output / f"error-{key}.txt", launcher)
+        records[key].finish(made_from, seconds, peak_rss_of_children())
+        print(f"{title} done in {seconds:.1f} s", flush=True)
     if 3 in args.step:
-        finished = {key: outputs[key] for key in METHODS[args.method]}
-        report(args.method, output, finished, seconds, time.time() - start)
+        report(args.method, output, {key: outputs[key] for key in METHODS[args.method]}, records, time.time() - start)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -145,6 +133,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--deployment-type", choices=DEPLOYMENTS, help="default: single_gpu where there is a GPU, else cpu")
     add("--num-ranks", type=int, help="processes (default: 1; single_node: one for each GPU)")
     add("--data-path", "--data_path", nargs="+", help="as the stages' --data_path (default with the toy model: toy)")
+    add("--fresh", action="store_true", help="run every stage again, from its start, also those that are done")
     add("--list", action="store_true", help="print the models and deployments that have recipes")
     known = {option for action in parser._actions for option in action.option_strings}
     for key in STAGES:
@@ -188,23 +177,6 @@ def add_stage_flag(parser: Parser, flag: str, dest: str, kind: str) -> None:
     parser.add_argument(flag, **options)
 
 
-@functools.cache
-def flag_types(key: str) -> dict[str, str]:
-    """The flags of a stage's program that a user may give, read from its source: importing it would import torch."""
-    sources = ("dschat/flags.py", "dschat/rlhf/flags.py", f"training/{STAGES[key].program}")
-    nodes = [node for path in map(ROOT.joinpath, sources) for node in ast.parse(path.read_text(encoding="utf-8")).body]
-    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-
-    def fields(node: ast.ClassDef) -> dict[str, str]:
-        found: dict[str, str] = {"config": "str"}
-        for base in node.bases:
-            found |= fields(classes[ast.unparse(base)])
-        own = (item for item in node.body if isinstance(item, ast.AnnAssign))
-        return found | {ast.unparse(item.target): ast.unparse(item.annotation) for item in own}
-
-    return {name: kind for name, kind in fields(classes["Config"]).items() if name not in SET_HERE}
-
-
 def refuse(word: str, known: set[str]) -> NoReturn:
     flag = word.split("=")[0]
     if flag.split(".")[-1].lstrip("-") in SET_HERE:
@@ -215,69 +187,10 @@ def refuse(word: str, known: set[str]) -> NoReturn:
     raise UserError(f"unknown {'flag' if word.startswith('-') else 'argument'} {flag}{hint}")
 
 
-def find_model(text: str, key: str) -> Model:
-    if text == "toy":
-        return Model("toy", "toy", "toy", "toy")
-    if opt := re.fullmatch(r"(?:facebook/)?(?:opt-)?(\d+(?:\.\d+)?[mb])", text):
-        return Model(f"facebook/opt-{opt[1]}", "opt", opt[1], f"opt-{opt[1]}")
-    directory = Path(text).expanduser()
-    if directory.is_dir():
-        return Model(str(directory), "custom", "custom", directory.resolve().name)
-    raise UserError(
-        f"{text} is neither a directory nor a model with a recipe for step {STAGES[key].step}: {list_recipes(key)}"
-    )
-
-
-def recipes(key: str) -> Path:
-    return (ROOT / "training" / STAGES[key].program).parent / "training_scripts"
-
-
-def find_recipe(key: str, model: Model, deployment: str) -> Path:
-    recipe = recipes(key) / model.family / deployment / f"run_{model.size}.sh"
-    if not recipe.is_file():
-        step = STAGES[key].step
-        raise UserError(f"no recipe of step {step} for {model.name} on {deployment}; there are: {list_recipes(key)}")
-    return recipe
-
-
-def list_recipes(key: str) -> str:
-    """As 'toy on cpu, single_gpu, single_node; …'."""
-    found: dict[str, list[str]] = {}
-    for deployment in DEPLOYMENTS:
-        for script in sorted(recipes(key).glob(f"*/{deployment}/run_*.sh")):
-            family, size = script.parts[-3], script.stem.removeprefix("run_")
-            name = {"toy": "toy", "custom": "a model directory"}.get(family, f"facebook/{family}-{size}")
-            found.setdefault(name, []).append(deployment)
-    return "; ".join(f"{name} on {', '.join(deployments)}" for name, deployments in found.items())
-
-
-def choose_launcher(deployment: str | None, num_ranks: int | None) -> tuple[str, str | None]:
-    """The deployment type and the command that starts a stage; None: as the environment or the recipe says."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
-    has_gpu = visible and any(list(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
-    several = (num_ranks or 0) > 1
-    deployment = deployment or ("cpu" if not has_gpu else "single_node" if several else "single_gpu")
-    elsewhere = deployment == "multi_node" or bool(os.environ.get("DSCHAT_LAUNCH"))  # where the ranks are counted
-    if num_ranks is not None and (elsewhere or num_ranks < 1 or (several and deployment == "single_gpu")):
-        mend = "leave it out" if elsewhere else "give 1 or more; several GPUs are --deployment-type single_node"
-        raise UserError(f"--num-ranks {num_ranks} does not go with {deployment} and its launcher: {mend}")
-    if deployment in ("single_gpu", "single_node") and not has_gpu:
-        print(f"no GPU found here: {deployment} will be slow", file=sys.stderr)
-    if elsewhere:
-        if not os.environ.get("DSCHAT_LAUNCH") and not Path("/job/hostfile").is_file():
-            raise UserError('multi_node needs /job/hostfile, or DSCHAT_LAUNCH="deepspeed --hostfile FILE"')
-        return deployment, None
-    python = Path(sys.executable).name  # run_stage puts its folder, whose name may have spaces, first in PATH
-    if num_ranks == 1 or (not several and deployment != "single_node"):
-        return deployment, python
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    ranks = f"--num_accelerators {num_ranks}" if num_ranks else ""  # else all
-    return deployment, f"{python} -m deepspeed.launcher.runner --quiet {ranks} --master_port {port}"
-
-
-def stage_flags(key: str, args: argparse.Namespace, model: Model, data: list[str] | None, outputs: dict) -> list[str]:
-    """The words that follow a recipe's own flags; a stage takes the last of those given twice."""
+def stage_flags(
+    key: str, args: argparse.Namespace, model: Model, data: list[str] | None, outputs: dict[str, Path]
+) -> dict[str, Any]:
+    """What follows a recipe's own flags, by name; a stage takes the last of those given twice."""
     given = vars(args)
     flags: dict[str, Any] = {"output_dir": str(outputs[key]), "data_path": data}
     if key == "ppo":
@@ -294,13 +207,45 @@ def stage_flags(key: str, args: argparse.Namespace, model: Model, data: list[str
         flags |= {name: given[f"{prefix}.{name}"] for name in flag_types(key) if f"{prefix}.{name}" in given}
     if model.family == "custom" and not (flags["data_path"] or flags.get("config")):
         raise UserError(f"--data-path is missing, such as --data-path mine.jsonl, or --{key}.data_path")
-    words = []
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def command(key: str, model: Model, deployment: str, flags: dict[str, Any]) -> list[str]:
+    """A list for the operating system: no shell reads it."""
+    start = [sys.executable, program(key)] if key == "answers" else [find_recipe(key, model, deployment)]
+    words = [str(word) for word in start]
     for name, value in flags.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
+        else:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def placement(args: argparse.Namespace, deployment: str, launcher: str | None) -> dict[str, str]:
+    """What of the machine goes into a result: the recipe and, as batch sizes are those of one rank, how many."""
+    if launcher is None:
+        ranks = {"DSCHAT_LAUNCH": os.environ.get("DSCHAT_LAUNCH", "")}
+    else:
+        ranks = {"--num-ranks": str(args.num_ranks or ("all" if deployment == "single_node" else 1))}
+    return {"--deployment-type": deployment} | ranks
+
+
+def provenance(
+    key: str, flags: dict[str, Any], placed: dict[str, str], before: dict[str, Path], hashes: Hashes
+) -> MadeFrom:
+    """What the output of a stage is made from, as things are now."""
+    shown, inputs = dict(placed), {name: hashes.of(directory) for name, directory in before.items()}
+    for name, value in flags.items():
+        words = [str(word) for word in (value if isinstance(value, list) else [value])]
+        if name in NO_EFFECT or set(map(Path, words)) <= set(before.values()):
+            continue
+        shown[f"--{name}"] = shlex.join(words)
+        label = "data" if name.endswith("data_path") else f"--{name}"
+        inputs |= {
+            f"{label} {path}": hashes.of(Path(path).expanduser()) for word in words for path in named_paths(word)
+        }
+    return MadeFrom(shown, code_hash(ROOT, program(key)), inputs)
 
 
 def run_stage(key: str, command: list[str], directory: Path, error_file: Path, launcher: str | None) -> float:
@@ -327,25 +272,21 @@ def run_stage(key: str, command: list[str], directory: Path, error_file: Path, l
     sys.exit(code)
 
 
-def wait_for(process: subprocess.Popen) -> int:
-    """The exit code. However we leave, nothing of the process group stays behind."""
-    try:
-        return process.wait()
-    except (KeyboardInterrupt, SystemExit) as stop:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
-            process.wait(SECONDS_TO_STOP)
-        raise
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+def peak_rss_of_children() -> float:
+    """Of the largest process below the stages that ran, hence of one rank, in GB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
 
 
-def report(method: str, output: Path, outputs: dict[str, Path], seconds: dict[str, float], total: float) -> None:
-    """Write summary.json and say what came out. The peak memory is that of the largest process, hence of one rank."""
+def report(
+    method: str, output: Path, outputs: dict[str, Path], records: dict[str, StageRecord], seconds: float
+) -> None:
+    """Write summary.json and say what came out; of a stage that was done before, with its seconds of then."""
     runs = {key: read_run(directory, STAGES[key].record) for key, directory in outputs.items()}
-    earlier = {key: run["seconds"] for key, run in runs.items() if key not in seconds}  # as that run recorded
-    times = {key: (seconds | earlier)[key] for key in runs} | {"total": total + sum(earlier.values())}
+    known = {key: records[key].done or run for key, run in runs.items()}  # a stage may have run without this program
+    times = {key: record["seconds"] for key, record in known.items()}
+    earlier = sum(times[key] for key, record in records.items() if not record.is_of_now)
+    times["total"] = seconds + earlier
     if method == "ppo":
         config = runs["ppo"]["config"]
         is_toy = all(source.partition(":")[0] == "toy" for source in config["eval_data_path"] or config["data_path"])
@@ -353,9 +294,7 @@ def report(method: str, output: Path, outputs: dict[str, Path], seconds: dict[st
         graded = {name: grade(rows, judge) for name, rows in read_answers(outputs["ppo"]).items()}
     else:
         graded = read_side_by_side(outputs["answers"])
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
-    peak = max(children, *(run["peak_rss_gb"] for run in runs.values()))
+    peak = max(record["peak_rss_gb"] for record in [*runs.values(), *known.values()])
     quality = read_quality(outputs["reward"] / QUALITY_FOLDER) if method == "ppo" else None
     summary = summarize(graded, runs, quality, times, peak)
     path = output / "summary.json"

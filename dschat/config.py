@@ -5,15 +5,18 @@ command line over an optional ``--config file.yaml`` over the defaults. Every mi
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from dschat import remote_code
 from dschat.errors import UserError
 
 Config = TypeVar("Config")
@@ -43,6 +46,7 @@ def parse_config(
 
     ``removed`` maps a flag of DeepSpeed-Chat that has no meaning here to the sentence that says what replaces it.
     ``--local_rank``, which the deepspeed launcher adds, is taken and left to the environment variable of that name.
+    ``--trust_remote_code``, where the class has it, takes effect here, for the whole process.
 
     Raises:
         UserError: unknown, removed, missing or ill-typed flag, bad choice, unreadable or unknown YAML key.
@@ -66,7 +70,27 @@ def parse_config(
     missing = [f"--{n}" for n, f in fields.items() if _default(f) is dataclasses.MISSING and n not in values]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; see --help")
-    return config_class(**values)
+    config = config_class(**values)
+    remote_code.trust(getattr(config, "trust_remote_code", False))
+    return config
+
+
+def read_flags(sources: Iterable[Path], name: str = "Config") -> dict[str, str]:
+    """The flags of class ``name`` and their types, read from source text, where importing it would import torch.
+
+    ``sources``: the files of the class and of all its bases.
+    """
+    nodes = [node for path in sources for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+
+    def fields(node: ast.ClassDef) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for base in node.bases:
+            found |= fields(classes[ast.unparse(base)])
+        own = (item for item in node.body if isinstance(item, ast.AnnAssign))
+        return found | {ast.unparse(item.target): ast.unparse(item.annotation) for item in own}
+
+    return fields(classes[name])
 
 
 def to_dict(config: Any) -> dict[str, Any]:

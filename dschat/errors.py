@@ -7,6 +7,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+# Called before a crash is reported: one that is only the consequence of another process's end ends this one instead.
+before_crash: list[Callable[[], None]] = []
+
 
 class UserError(Exception):
     """A mistake in what the user gave us. The message is one line: what, where (file:line of data), how to mend it."""
@@ -29,10 +32,19 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _leave(130)
     except Exception:
         text = traceback.format_exc()
+        for look in before_crash:
+            look()
         _record(text)
         print(text, file=sys.stderr, flush=True)
         _leave(1)
     _leave(0)
+
+
+def end_process(message: str) -> NoReturn:
+    """Report ``message``, one line, and end this process with exit code 1 at once, whatever its threads are doing."""
+    _record(message)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _leave(code: int) -> NoReturn:

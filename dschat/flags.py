@@ -8,6 +8,7 @@ from dschat.data.prepare import DataSpec
 from dschat.engine.deepspeed_engine import TrainSpec
 from dschat.errors import UserError
 
+TRUST_HELP = "run the Python code that a model or tokenizer brings along, with your rights"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -22,10 +23,14 @@ class RunFlags:
     max_grad_norm: float = flag(1.0, "clip the gradient's L2 norm; 0: never")
     eval_interval: int = flag(0, "evaluate every so many steps (step 3: rollouts); 0: before and after training only")
     log_interval: int = flag(1, "steps between lines of metrics.jsonl")
+    trust_remote_code: bool = flag(False, TRUST_HELP)
+    stall_timeout: float = flag(
+        1800.0, "several ranks: one that gives no sign or makes no step for so many seconds ends the job; 0: never"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "num_train_epochs", "log_interval")
-        require_not_negative(self, "max_steps", "eval_interval", "max_grad_norm")
+        require_not_negative(self, "max_steps", "eval_interval", "max_grad_norm", "stall_timeout")
 
 
 @dataclass(kw_only=True)
@@ -125,6 +130,7 @@ class EvaluationFlags:
     dtype: str = flag("auto", "of the weights; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
     chat_template: str = flag("auto", "auto: each model's own, else plain Human/Assistant; plain; or a jinja file")
     data_output_path: str = flag("~/.cache/dschat", "folder of the tokenised data, keyed by content")
+    trust_remote_code: bool = flag(False, TRUST_HELP)
     skip_bad_records: bool = flag(
         False, "drop and count records that cannot be read, instead of stopping at the first"
     )

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from dschat.errors import UserError
@@ -92,7 +94,12 @@ def test_the_real_stages_end_to_end(tmp_path):
         run = json.loads((out / directory / "run.json").read_text())
         assert (run["role"], run["seed"], run["config"]["data_path"]) == (role, 9, ["toy"])
     assert (out / "step3-models/toy/actor/model.safetensors").is_file()
+    again = run_real("--seed", "9", "--output-dir", "my out", ALLOW, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count(": done, as before (") == 3, again.stdout
+    after = json.loads((out / "summary.json").read_text())
+    assert after | {"seconds": 0} == summary | {"seconds": 0} and after["peak_rss_gb"] == summary["peak_rss_gb"]
     shown = result.stdout.partition("held-out prompts (not the best)")[2]
+    assert again.stdout.partition("held-out prompts (not the best)")[2] == shown
     assert shown.count("\n  SFT [") == shown.count("\n  PPO [") == 5
     assert sorted(path.name for path in out.iterdir()) == [
         "actor-models",
@@ -130,6 +137,45 @@ def test_two_ranks_through_the_deepspeed_launcher(tmp_path):
     assert run["config"]["actor_zero_stage"] == 2
     rows = (tmp_path / "output/step3-models/toy/samples.jsonl").read_text().splitlines()
     assert len(rows) == 12 * 3  # before, best of 2, after
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (signal.SIGSTOP, "rank 1 did not answer for 10 s: stopped, or its machine is gone; last at "),
+        (signal.SIGKILL, "was killed by SIGKILL; out of memory is the usual cause"),
+    ],
+)
+def test_a_rank_that_dies_or_stalls_ends_everything(fault, cause, tmp_path):
+    command = [sys.executable, str(PROGRAM), "--num-ranks", "2", "--stall_timeout", "10", "--deployment-type", "cpu"]
+    env = {name: text for name, text in os.environ.items() if name != "DSCHAT_LAUNCH"} | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+    log = tmp_path / "output/actor-models/toy/metrics.jsonl"
+    while not (log.is_file() and '"loss"' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.2)
+    ranks = ranks_below(tmp_path)
+    os.kill(ranks[1], fault)
+    start = time.time()
+    _, errors = process.communicate(timeout=70)
+    assert process.returncode and time.time() - start < 70
+    last = errors.splitlines()[-1]
+    assert last.startswith("rank 1 ") and cause in last and not ranks_below(tmp_path)
+
+
+def ranks_below(folder):
+    """The running processes of the job in ``folder``: rank -> process id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_text().split("\0")
+            if Path(os.readlink(path / "cwd")) == folder and words[2].endswith("main.py"):
+                found[int(words[3].removeprefix("--local_rank="))] = int(path.name)
+        except (OSError, IndexError, ValueError):
+            continue
+    return found
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 import pytest
 
-BASE = {"dschat", "dschat.errors", "dschat.config"}
+BASE = {"dschat", "dschat.errors", "dschat.config", "dschat.remote_code"}
 # room -> the rooms of this project that it may import
 ALLOWED = {
     "dschat.functional": set(),
@@ -21,7 +21,8 @@ ALLOWED = {
     | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.models", "dschat.report", "dschat.flags"},
     "dschat": set(),
     "dschat.errors": set(),
-    "dschat.config": {"dschat.errors"},
+    "dschat.remote_code": {"dschat.errors"},
+    "dschat.config": {"dschat", "dschat.errors", "dschat.remote_code"},
 }
 LIBRARY = set(ALLOWED)
 PROGRAMS = ("training", "inference", "chat", "e2e_rlhf")

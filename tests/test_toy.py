@@ -250,4 +250,4 @@ def test_the_same_data_in_every_process_and_on_every_platform():
         done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == digest
     # Frozen: every number in the docs was measured on these records. Whoever changes them measures again.
-    assert digest == "a47aa653f6c122fbb0a060694f7488074955a6b3d3e0ed972c3d9f351e741433"
+    assert digest == "a47aa653f6c122fbb0a060694f7488074955a6b3d3e0ed972c3d9f351e741433"  # pragma: allowlist secret

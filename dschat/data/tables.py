@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dschat.data import readers, registry
+from dschat.data.cache import open_cache
 from dschat.data.readers import Located
 from dschat.data.records import RecordError, to_example
 from dschat.errors import UserError
@@ -72,6 +73,7 @@ def read_source(
     path: str, part: str, stage: str, cache_dir: str, skip_bad_records: bool
 ) -> tuple[datasets.Dataset | None, Counter[str]]:
     """Every good example of one source, whatever the stage (only `toy` depends on it). None: it has no such part."""
+    open_cache(cache_dir)
     source = _open_source(path, part, OWN_STAGE.get(stage, stage))
     if source is None:
         return None, Counter()

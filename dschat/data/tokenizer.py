@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from dschat import remote_code
 from dschat.data.templates import ensure_template
 from dschat.errors import UserError
 
@@ -22,8 +23,11 @@ def load_tokenizer(name_or_path: str, chat_template: str = "auto", fast: bool = 
         tokenizer = train_tokenizer(toy.corpus(), TOY_VOCAB_SIZE)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, use_fast=fast)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name_or_path, use_fast=fast, trust_remote_code=remote_code.is_trusted()
+            )
         except Exception as error:  # missing, damaged, offline, gated: one line is enough for each
+            remote_code.refuse_if_asked_for(name_or_path, error)
             problem = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{name_or_path}: no tokenizer can be loaded from this directory or hub name ({problem}); "

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from dschat.engine import watchdog
+
 import datasets
 import deepspeed
 import numpy as np
@@ -34,8 +36,11 @@ class Runtime:
         return self.rank, self.world_size
 
 
-def init_runtime(seed: int) -> Runtime:
+def init_runtime(seed: int, stall_timeout: float = 0.0) -> Runtime:
     """Join the process group (from the launcher's environment, or alone), seed every library, pick the device.
+
+    Several ranks are watched, unless ``stall_timeout`` is 0: one that dies, or stalls for so many seconds, ends the
+    job with its name.
 
     All ranks get the same seed: what must differ between ranks (which rows, which random numbers) is indexed by the
     global row, so that the number of ranks does not change a run.
@@ -55,7 +60,11 @@ def init_runtime(seed: int) -> Runtime:
         if world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            store, _, _ = next(dist.rendezvous("env://"))
+            if stall_timeout:
+                atexit.register(watchdog.Watchdog(store, rank, world_size, stall_timeout).stop)
+            group = {"store": store, "rank": rank, "world_size": world_size}
+            dist.init_process_group(backend, timeout=watchdog.NEVER, **group)
         atexit.register(_leave)
         # DeepSpeed compiles (half a minute) a shared-memory all-reduce that only its inference kernels use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -75,6 +84,7 @@ def all_reduce_sum(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     total = values.detach().to(runtime.device, torch.float64)
     if runtime.world_size > 1:
         dist.all_reduce(total)
+        watchdog.progress()
     return total
 
 
@@ -82,6 +92,7 @@ def all_reduce_max(value: float, runtime: Runtime) -> float:
     maximum = torch.tensor(float(value), device=runtime.device, dtype=torch.float64)
     if runtime.world_size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        watchdog.progress()
     return maximum.item()
 
 
@@ -95,6 +106,7 @@ def gather_rows(rows: torch.Tensor, runtime: Runtime, group_size: int = 1) -> to
         return rows
     parts = [torch.empty_like(rows) for _ in range(runtime.world_size)]
     dist.all_gather(parts, rows.contiguous())
+    watchdog.progress()
     groups = [part.unflatten(0, (-1, group_size)) for part in parts]
     return torch.stack(groups, dim=1).flatten(0, 2)
 
@@ -105,6 +117,7 @@ def gather_objects(items: list, runtime: Runtime, group_size: int = 1) -> list:
         return items
     parts: list[list] = [[] for _ in range(runtime.world_size)]
     dist.all_gather_object(parts, items)
+    watchdog.progress()
     starts = range(0, len(items), group_size)
     return [item for start in starts for part in parts for item in part[start : start + group_size]]
 
@@ -114,7 +127,8 @@ def main_process_first(runtime: Runtime) -> Iterator[None]:
     """Rank 0 runs the body alone (and fills caches), then the others do."""
     if not runtime.is_main:
         barrier(runtime)
-    yield
+    with watchdog.alone():
+        yield
     if runtime.is_main:
         barrier(runtime)
 
@@ -122,6 +136,7 @@ def main_process_first(runtime: Runtime) -> Iterator[None]:
 def barrier(runtime: Runtime) -> None:
     if runtime.world_size > 1:
         dist.barrier()
+        watchdog.progress()
 
 
 def _leave() -> None:

@@ -1,9 +1,12 @@
 """Load and save models as Hugging Face directories. Loading is strict: no weight is silently made up."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from dschat import remote_code
 from dschat.errors import UserError
 from dschat.models.attention import use_fast_attention
 from dschat.models.scorer import Scorer, check_probes, load_score_stats
@@ -56,7 +59,7 @@ def load_causal_lm(
         if model_role(path, config) != POLICY:
             raise UserError(f"{path} is a reward model, not a language model; give the directory of step 1")
         model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype)
-        _require(path, info["missing_keys"])
+        _require_exact(path, info["missing_keys"], info["unexpected_keys"])
     return _fit(model, tokenizer, dropout)
 
 
@@ -71,13 +74,15 @@ def load_scorer(
         config: PretrainedConfig = toy_config(tokenizer)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-        missing = ["score.weight"]
+        missing, unexpected = ["score.weight"], []
     else:
         model, info = _from_pretrained(
             AutoModelForSequenceClassification, path, load_config(path), dtype, num_labels=1
         )
         missing = list(info["missing_keys"])
-    _require(path, [name for name in missing if not name.startswith("score.")])
+        trunk = f"{model.base_model_prefix}."
+        unexpected = [name for name in info["unexpected_keys"] if name.startswith(trunk)]  # else: the head it had
+    _require_exact(path, [name for name in missing if not name.startswith("score.")], unexpected)
     if missing:
         head = model.score
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
@@ -113,7 +118,7 @@ def load_trained_scorer(
     if config.num_labels != 1:
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has exactly one")
     model, info = _from_pretrained(AutoModelForSequenceClassification, path, config, dtype)
-    _require(path, info["missing_keys"])
+    _require_exact(path, info["missing_keys"], info["unexpected_keys"])
     if not hasattr(model, "score"):
         raise UserError(
             f"{path}: {type(model).__name__} gives no score per token; use a reward model made from a language model, "
@@ -203,8 +208,9 @@ def load_config(path: str) -> PretrainedConfig:
         UserError: no model is there, or an adapter, or the parent of one.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=remote_code.is_trusted())
     except (OSError, ValueError) as error:
+        remote_code.refuse_if_asked_for(path, error)
         where = Path(path)
         if (where / "adapter_config.json").is_file():
             mend = f"step 3 takes it as --reward lora:{path}"
@@ -220,8 +226,10 @@ def _from_pretrained(auto_class: type, path: str, config: PretrainedConfig, dtyp
     try:
         if "num_labels" in options and getattr(config, "num_labels", 1) != options["num_labels"]:
             config.num_labels = options["num_labels"]
-        return auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        more = {"trust_remote_code": remote_code.is_trusted(), "weights_only": True, "output_loading_info": True}
+        return auto_class.from_pretrained(path, config=config, dtype=dtype, **more)  # type: ignore[attr-defined]
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        remote_code.refuse_if_asked_for(path, error)
         raise UserError(f"{path} cannot be loaded: {_line(error)}") from None
 
 
@@ -229,12 +237,13 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _require(path: str, missing: list[str] | set[str]) -> None:
-    if missing:
-        names = ", ".join(sorted(missing)[:3])
-        raise UserError(
-            f"{path}: the checkpoint lacks {len(missing)} weights ({names}); it is damaged or of another kind"
-        )
+def _require_exact(path: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    for verb, keys in (("lacks", missing), ("has, beyond its model,", unexpected)):
+        if keys:
+            names = ", ".join(sorted(keys)[:3])
+            raise UserError(
+                f"{path}: the checkpoint {verb} {len(keys)} weights ({names}); it is damaged or of another kind"
+            )
 
 
 def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dropout: float | None) -> PreTrainedModel:

@@ -84,7 +84,7 @@ class Config(SupervisedFlags, CurveFlags):
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
     start = time.time()
-    runtime = init_runtime(config.seed)
+    runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)

@@ -24,6 +24,7 @@ from dschat.data.stages import tokenizer_hash
 from dschat.data.templates import encode_dialogue
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError, run_program
+from dschat.flags import TRUST_HELP
 from dschat.models.load import load_trained_scorer, max_positions, resolve_dtype
 from dschat.models.scorer import Scorer, score_token_ids
 from dschat.report.progress import Console
@@ -48,6 +49,7 @@ class Config:
     port: int = flag(8000, "port to listen on; 0: a free one")
     dtype: str = flag("auto", "of the weights; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
     normalize_reward: bool = flag(True, "scores to mean 0 and std 1 by the statistics of step 2")
+    trust_remote_code: bool = flag(False, TRUST_HELP)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

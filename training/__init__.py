@@ -1,0 +1,1 @@
+"""One program per stage; what they share is in dschat/."""
