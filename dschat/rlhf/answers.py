@@ -13,6 +13,8 @@ from dschat.data.templates import encode_prompt
 from dschat.rlhf.rewards import Samples
 from dschat.rlhf.rollout import Rollout, Sampling, banned_token_ids, generate, row_uniforms
 from dschat.rlhf.samples import describe_rollout
+from dschat.rlhf.self_check import tolerance
+from dschat.rlhf.slots import SLOTS, create_decoder
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -87,17 +89,15 @@ def sample_answers(
     sampling = dataclasses.replace(sampling, banned_ids=sampling.banned_ids + _banned(model, tokenizer))
     uniforms = row_uniforms(len(rows) * num_samples, sampling.max_new_tokens, seed)
     drawn = iter(uniforms.split(num_samples))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.eval()
+    decoder, _ = create_decoder(SLOTS, model, sampling, limit=tolerance(model.dtype), **ends)
 
     def draw(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Rollout:
-        return generate(
-            model,
-            input_ids,
-            attention_mask,
-            sampling,
-            torch.cat([next(drawn) for _ in input_ids]),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        given = (model, input_ids, attention_mask, sampling, torch.cat([next(drawn) for _ in input_ids]))
+        if decoder is None:
+            return generate(*given, **ends)
+        return decoder.generate(*given, batch_size=len(input_ids), **ends)
 
     return _in_batches(model, tokenizer, rows, max(1, batch_size // num_samples), track, draw)
 

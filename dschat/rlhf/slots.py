@@ -61,17 +61,20 @@ def create_decoder(
 ) -> tuple["SlotDecoder | None", str | None]:
     """The rollout engine of that name; None is the plain loop. And a line to print where it is not the one asked for.
 
-    Either must agree with a forward of the model: a few answers to made-up prompts of different lengths are sampled,
-    and their log-probabilities may differ from those of the forward by ``limit`` nats. On several ranks all call it.
+    Either must agree with a forward of the model, which is in eval mode: a few answers to made-up prompts of different
+    lengths are sampled at temperature 1, and their log-probabilities may differ from those of the forward by ``limit``
+    nats. On several ranks all call it.
 
     Raises:
         RuntimeError: even the plain loop does not agree.
     """
-    vocabulary = [i for i in range(model.config.vocab_size) if i not in {*sampling.banned_ids, eos_token_id}]
+    embeddings: Any = model.get_input_embeddings()
+    left_out = {*sampling.banned_ids, eos_token_id}
+    vocabulary = [i for i in range(embeddings.num_embeddings) if i not in left_out]
     size = min(8, sampling.max_new_tokens)
     ids = torch.tensor(vocabulary, device=model.device)[torch.arange(24, device=model.device) * 7 % len(vocabulary)]
     mask = torch.arange(8, device=ids.device) >= torch.tensor([[0], [5], [3]], device=ids.device)
-    few = replace(sampling, max_new_tokens=size)
+    few = replace(sampling, max_new_tokens=size, temperature=1.0)
     uniforms = row_uniforms(6, size, 0)
     ends: Any = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     prompts = ids.view(3, 8).masked_fill(~mask, pad_token_id), mask
@@ -81,7 +84,7 @@ def create_decoder(
         both_mask = torch.cat([rollout.attention_mask, rollout.response_mask], 1)
         with torch.no_grad():
             logits = response_logits(model, model, both, both_mask, rollout.response_ids.shape[1])
-        logprobs = token_logprobs(logits, rollout.response_ids, **sampling.scored)
+        logprobs = token_logprobs(logits, rollout.response_ids, **few.scored)
         return (logprobs - rollout.logprobs)[rollout.response_mask].abs().max().item()
 
     reason = why_not_slots(model) if name == SLOTS else ""
