@@ -71,7 +71,7 @@ class RunState:
     def __init__(self, output_dir: str, spec: CheckpointSpec, runtime: Runtime, say: Callable[[str], None]):
         """
         Raises:
-            UserError: another process works in ``output_dir``.
+            UserError: another process works in ``output_dir``, or it cannot be written.
         """
         self.output_dir, self.folder = Path(output_dir), Path(output_dir) / "checkpoints"
         self.spec, self.runtime, self.say = spec, runtime, say
@@ -207,7 +207,6 @@ class RunState:
         """The output directory holds all that came of the run: the checkpoints are no longer needed, the lock ends."""
         barrier(self.runtime)
         if self.runtime.is_main:
-            self.folder.mkdir(exist_ok=True)
             written = self.folder / f"{FINISHED}.tmp"
             written.write_text(json.dumps(dataclasses.asdict(self._identity), indent=2) + "\n", encoding="utf-8")
             os.replace(written, self.folder / FINISHED)
@@ -270,7 +269,11 @@ class RunState:
             remove_checkpoint(path)
 
     def _take_lock(self) -> None:
-        self._lock = lock_output_dir(str(self.output_dir))
+        try:
+            self._lock = lock_output_dir(str(self.output_dir))
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.output_dir}: {error}; make it writable, or choose another") from None
 
     def _on_main(self, action: Callable[[], Result]) -> Result:
         """What ``action`` gives on rank 0, on every rank; so, too, the user's mistake that it finds."""
