@@ -208,7 +208,8 @@ def test_flags_without_effect_may_change_and_smaller_micro_batches_say_so(interr
 
 def test_fresh_starts_over_and_required_never_starts(interrupted, flags, data_file, cache_dir, tmp_path, capsys):
     interrupted(fresh=True, learning_rate=2e-3)
-    assert "continuing" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--fresh: 2 checkpoints of an earlier run are removed" in text and "continuing" not in text
     with pytest.raises(UserError, match="no checkpoint to continue from"):
         run("sft", data_file, cache_dir, tmp_path / "new", **flags["sft"], resume="required")
     with pytest.raises(UserError, match="drop one"):

@@ -133,7 +133,8 @@ class RunState:
         """
         self._engines, self._parts = engines, parts
         if self._source is None:
-            self._on_main(self._start_anew)
+            if removed := self._on_main(self._start_anew):
+                self.say(f"--fresh: {removed} checkpoints of an earlier run are removed")
             return
         record, source = self._record, self._source
         self.step, self._seconds, self._start = record["step"], record["seconds"], time.time()
@@ -263,10 +264,13 @@ class RunState:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise UserError(f"{where}: {'; '.join(found[:3])}{more}: {WAYS_OUT}")
 
-    def _start_anew(self) -> None:
+    def _start_anew(self) -> int:
+        """The number of checkpoints that went."""
         (self.folder / FINISHED).unlink(missing_ok=True)
-        for path in list_checkpoints(self.folder):
+        earlier = list_checkpoints(self.folder)
+        for path in earlier:
             remove_checkpoint(path)
+        return len(earlier)
 
     def _take_lock(self) -> None:
         try:
