@@ -15,8 +15,17 @@ class UserError(Exception):
     """A mistake in what the user gave us. The message is one line: what, where (file:line of data), how to mend it."""
 
 
+class Stopped(Exception):
+    """A signal ended the run in good order. The message, empty on ranks other than 0, says how to go on."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit: 0 done, 2 for a `UserError` (one line on stderr), 1 for everything else.
+    """Run ``main`` and exit: 0 done, 2 for a `UserError` (one line on stderr), 128 + signal for `Stopped`, 1 for
+    everything else.
 
     When $DSCHAT_ERROR_FILE is set (e2e_rlhf.py does), the first process to fail also writes its error there, so that
     the cause can be shown last, after whatever a launcher prints.
@@ -27,6 +36,11 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _record(f"error: {error}")
         print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
+    except Stopped as stop:
+        if str(stop):
+            _record(str(stop))
+            print(str(stop), file=sys.stderr, flush=True)
+        _leave(128 + stop.signal_number)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr, flush=True)
         _leave(130)

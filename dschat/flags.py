@@ -2,13 +2,33 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
-from dschat.config import DTYPES, flag, require_not_negative, require_positive
+from dschat.config import DTYPES, flag, require_not_negative, require_positive, to_dict
 from dschat.data.prepare import DataSpec
 from dschat.engine.deepspeed_engine import TrainSpec
+from dschat.engine.run_identity import RunIdentity, content_key
+from dschat.engine.run_state import CheckpointSpec
 from dschat.errors import UserError
 
+import torch
+
 TRUST_HELP = "run the Python code that a model or tokenizer brings along, with your rights"
+
+# Flags that change nothing of what a run computes. The data are told by what is in them, not by where they are.
+WITHOUT_EFFECT = {
+    *("output_dir", "checkpoint_interval", "keep_checkpoints", "resume", "fresh", "log_interval", "show_batch"),
+    *("data_path", "eval_data_path", "ptx_data_path", "data_output_path", "num_workers", "self_check"),
+    *("reward_api_timeout", "reward_api_retries", "allow_weak_reward_model", "stall_timeout", "trust_remote_code"),
+}
+# Flags that change rounding alone, as long as an optimizer step and a rollout have as many rows.
+ROUNDING = {
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_batch", "generation_batches"),
+    *("per_device_generation_batch_size", "per_device_training_batch_size", "gradient_accumulation_steps"),
+    *("gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing"),
+    *("zero_stage", "actor_zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
+    "rollout_engine",
+}
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -28,9 +48,49 @@ class RunFlags:
         1800.0, "several ranks: one that gives no sign or makes no step for so many seconds ends the job; 0: never"
     )
 
+    checkpoint_interval: int = flag(
+        500, "save the whole run every so many steps (step 3: rollouts); 0: only when a signal stops it"
+    )
+    keep_checkpoints: int = flag(2, "of those, how many are kept; removed when the run is done")
+    resume: str = flag(
+        "auto",
+        "auto: continue from the newest checkpoint of this run in output_dir, else start; required: never start",
+        choices=("auto", "required"),
+    )
+    fresh: bool = flag(False, "start over, whatever checkpoints or finished run output_dir holds")
+
     def __post_init__(self) -> None:
-        require_positive(self, "num_train_epochs", "log_interval")
-        require_not_negative(self, "max_steps", "eval_interval", "max_grad_norm", "stall_timeout")
+        require_positive(self, "num_train_epochs", "log_interval", "keep_checkpoints")
+        require_not_negative(self, "max_steps", "eval_interval", "max_grad_norm", "checkpoint_interval")
+        require_not_negative(self, "stall_timeout")
+        if self.fresh and self.resume == "required":
+            raise UserError("--fresh starts over and --resume required forbids it; drop one of them")
+
+    def checkpoint_spec(self) -> CheckpointSpec:
+        return CheckpointSpec(self.checkpoint_interval, self.keep_checkpoints, self.resume, self.fresh)
+
+    def inputs(self) -> dict[str, str]:
+        """By flag, the files and model directories that the run starts from."""
+        raise NotImplementedError
+
+    def step_sizes(self, num_ranks: int) -> dict[str, int]:
+        """What the flags in ROUNDING and the number of ranks come to together."""
+        raise NotImplementedError
+
+    def identity(self, data: dict[str, Any], dtype: torch.dtype, num_ranks: int) -> RunIdentity:
+        """What this run is, to tell whether a checkpoint or a finished model is of the same one.
+
+        Args:
+            data: the fingerprints and the like of the token rows.
+        """
+        inputs = self.inputs()
+        flags = {name: value for name, value in to_dict(self).items() if name not in {*WITHOUT_EFFECT, *inputs}}
+        result = {f"--{name}": value for name, value in flags.items() if name not in ROUNDING}
+        result |= {f"the content of --{name}": content_key(path) for name, path in inputs.items()}
+        result |= {f"data: {name}": value for name, value in data.items()}
+        result |= self.step_sizes(num_ranks) | {"dtype": str(dtype)}
+        rounding = {f"--{name}": value for name, value in flags.items() if name in ROUNDING}
+        return RunIdentity(result, rounding | {"the number of ranks": num_ranks})
 
 
 @dataclass(kw_only=True)
@@ -104,6 +164,13 @@ class SupervisedFlags(RunFlags, DataFlags):
         require_not_negative(self, "weight_decay", "num_warmup_steps", "max_tokens_per_batch")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout}: expected a probability of at least 0 and below 1")
+
+    def inputs(self) -> dict[str, str]:
+        return {"model_name_or_path": self.model_name_or_path}
+
+    def step_sizes(self, num_ranks: int) -> dict[str, int]:
+        per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return {"rows of an optimizer step, of all ranks,": per_rank * num_ranks}
 
     def train_spec(self, num_steps: int) -> TrainSpec:
         return TrainSpec(

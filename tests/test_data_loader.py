@@ -4,11 +4,11 @@ from itertools import islice
 
 from dschat.data.loader import (
     MicroBatch,
+    PromptStream,
     collate_prompts,
     collate_rankings,
     collate_sft,
     epoch_batches,
-    prompt_stream,
     split_by_tokens,
 )
 from dschat.data.prepare import row_sizes
@@ -67,19 +67,19 @@ def test_epochs_and_seeds_have_their_own_order_and_can_be_repeated():
 @settings(max_examples=40, deadline=None)
 @given(num_rows=st.integers(1, 20), batch_size=st.integers(1, 25))
 def test_prompt_stream_glues_whole_epochs(num_rows, batch_size):
-    batches = list(islice(prompt_stream(num_rows, batch_size, 7), 3 * num_rows))
+    batches = list(islice(PromptStream(num_rows, batch_size, 7), 3 * num_rows))
     assert all(len(batch) == batch_size for batch in batches)
     rows = [row for batch in batches for row in batch]
     for start in range(0, len(rows) - num_rows + 1, num_rows):
         assert sorted(rows[start : start + num_rows]) == list(range(num_rows))
-    assert rows == [row for batch in islice(prompt_stream(num_rows, batch_size, 7), 3 * num_rows) for row in batch]
+    assert rows == [row for batch in islice(PromptStream(num_rows, batch_size, 7), 3 * num_rows) for row in batch]
 
 
 def test_prompt_stream_reshuffles():
-    rows = [row for batch in islice(prompt_stream(10, 5, 0), 4) for row in batch]
+    rows = [row for batch in islice(PromptStream(10, 5, 0), 4) for row in batch]
     assert rows[:10] != rows[10:]
     with pytest.raises(ValueError, match="at least one row"):
-        next(prompt_stream(0, 2, 0))
+        next(PromptStream(0, 2, 0))
 
 
 T, F = True, False

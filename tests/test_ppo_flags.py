@@ -80,6 +80,7 @@ BY_THE_PROGRAM = {
     *("max_answer_seq_len", "temperature", "kl_coef", "kl_target", "kl_horizon", "best_metric"),
     *("early_stopping_patience", "best_of_n", "self_check", "explain", "allow_weak_reward_model"),
     *("rollout_engine", "old_logprobs"),
+    *("checkpoint_interval", "keep_checkpoints", "resume", "fresh"),
 }
 REFUSED = {"top_k", "top_p"}  # any other value than off ends the program
 

@@ -266,11 +266,11 @@ def test_step_3_uses_a_good_one_and_says_what_it_does_not_know(
     step_3(reward_dir, base, data_file, cache_dir, tmp_path)
     assert f"{reward_dir}: accuracy 0.90 (95 %: 0.85 to 0.95)\n" in capsys.readouterr().out
     path.unlink()
-    step_3(reward_dir, base, data_file, cache_dir, tmp_path)
+    step_3(reward_dir, base, data_file, cache_dir, tmp_path / "again")
     assert f"{reward_dir}: nothing is known of its quality; rw_eval.py" in capsys.readouterr().out
     path.write_text("{")
     with pytest.raises(UserError, match="quality.json: not a report"):
-        step_3(reward_dir, base, data_file, cache_dir, tmp_path)
+        step_3(reward_dir, base, data_file, cache_dir, tmp_path / "third")
 
 
 def test_a_report_goes_with_its_model(rankings_file, base, cache_dir, tmp_path, monkeypatch):

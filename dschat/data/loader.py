@@ -5,6 +5,7 @@ out by the collators, so no example is dropped or counted twice on any number of
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,18 +82,34 @@ def _portions(step: list[MicroBatch], sizes: Sequence[tuple[int, int]], max_toke
     return portions
 
 
-def prompt_stream(num_rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of constant size: fresh permutations, one after the other without a gap."""
-    if num_rows < 1:
-        raise ValueError("prompt_stream needs at least one row")
-    rows: list[int] = []
-    epoch = 0
-    while True:
-        while len(rows) < batch_size:
-            rows += np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
-            epoch += 1
-        yield rows[:batch_size]
-        rows = rows[batch_size:]
+class PromptStream:
+    """Endless batches of constant size: fresh permutations, one after the other without a gap. ``position`` counts the
+    batches given out and may be set."""
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, position: int = 0):
+        """
+        Raises:
+            ValueError: no rows.
+        """
+        if num_rows < 1:
+            raise ValueError("PromptStream needs at least one row")
+        self.num_rows, self.batch_size, self.seed, self.position = num_rows, batch_size, seed, position
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        start = self.position * self.batch_size
+        rows: list[int] = []
+        while len(rows) < self.batch_size:
+            epoch, offset = divmod(start + len(rows), self.num_rows)
+            rows += self._order(epoch)[offset : offset + self.batch_size - len(rows)].tolist()
+        self.position += 1
+        return rows
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
 
 
 def collate_sft(rows: Sequence[dict[str, Any]], num_real: int, pad_token_id: int) -> Batch:

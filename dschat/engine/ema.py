@@ -47,6 +47,20 @@ class EMA:
         finally:
             self._write(trained)
 
+    @property
+    def of_each_rank(self) -> bool:
+        """Whether each rank has a state of its own."""
+        return self._sharded
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """The average, of this rank's weights."""
+        return {"shadows": self._shadows}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        for shadow, saved in zip(self._shadows, state["shadows"], strict=True):
+            shadow.copy_(saved)
+
     def _weights(self) -> list[Tensor]:
         """What this rank holds of each trained parameter: all of it, or at stage 3 its shard."""
         return [(p.ds_tensor if self._sharded else p).detach() for p in self._parameters]  # type: ignore[attr-defined]

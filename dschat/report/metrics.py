@@ -7,38 +7,66 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dschat.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricsWriter:
     """Appends a line per logged step to ``metrics.jsonl`` and the same scalars to ``tensorboard/``.
 
     Values are floats already equal on every rank (the programs reduce them); a name says its unit and denominator
-    (DESIGN, section 6). On ranks other than 0 every call is a no-op.
+    (DESIGN, section 6). On ranks other than 0 every call is a no-op. The files are opened when the first line comes:
+    anew, or where the state that was loaded ends.
     """
 
     def __init__(self, output_dir: str, stage: str, enabled: bool = True):
-        self.stage, self.enabled, self.start = stage, enabled, time.time()
+        self.output_dir, self.stage, self.enabled, self.start = Path(output_dir), stage, enabled, time.time()
         self.last: dict[str, float] = {}
-        if not enabled:
-            return
+        self.last_step, self._offset = -1, 0
+
+    @cached_property
+    def file(self) -> TextIO:
+        return open_at(self.output_dir / "metrics.jsonl", self._offset)
+
+    @cached_property
+    def tensorboard(self) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = open(Path(output_dir) / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-        self.tensorboard = SummaryWriter(str(Path(output_dir) / "tensorboard"))
+        return SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self.last_step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything logged so far is on the disk then."""
+        if self.enabled:
+            self._offset = sync(self.file)
+            self.tensorboard.flush()
+        return {
+            "offset": self._offset,
+            "last": self.last,
+            "last_step": self.last_step,
+            "seconds": time.time() - self.start,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; what the files hold beyond it is dropped."""
+        self._offset, self.last, self.last_step = state["offset"], dict(state["last"]), state["last_step"]
+        self.start = time.time() - state["seconds"]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.last.update({name: float(value) for name, value in metrics.items()})
         if not self.enabled:
             return
+        tensorboard, self.last_step = self.tensorboard, step
         line: dict[str, Any] = {"step": step, "stage": self.stage, "time": round(time.time() - self.start, 3)}
         for name, value in metrics.items():
             value = float(value)
             line[name] = value if math.isfinite(value) else None  # JSON has no NaN
-            self.tensorboard.add_scalar(name, value, step)
+            tensorboard.add_scalar(name, value, step)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
@@ -69,6 +97,20 @@ def prepare_output_dir(path: str) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {path} cannot be written: {error.strerror}; choose another folder") from None
+
+
+def open_at(path: Path, offset: int) -> TextIO:
+    """A text file to append to, without what lies beyond ``offset`` bytes."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    file.truncate(min(offset, os.path.getsize(path)))
+    return file
+
+
+def sync(file: TextIO) -> int:
+    """Bytes of the file, all of them on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,10 +20,12 @@ class Console:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def bar(self, total: int, name: str) -> tqdm:
-        """A bar; on a terminal it moves twice a second, in a log file it leaves a line every half minute."""
+    def bar(self, total: int, name: str, done: int = 0) -> tqdm:
+        """A bar, ``done`` of it already; on a terminal it moves twice a second, in a log file it leaves a line every
+        half minute."""
         return tqdm(
             total=total,
+            initial=done,
             desc=name,
             disable=not self.enabled,
             dynamic_ncols=True,

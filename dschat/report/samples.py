@@ -1,9 +1,11 @@
 """What a policy answered, kept in samples.jsonl and shown as a table."""
 
 import json
+from functools import cached_property
 from pathlib import Path
+from typing import Any, TextIO
 
-from dschat.report.metrics import MetricsWriter
+from dschat.report.metrics import MetricsWriter, open_at, sync
 from dschat.report.progress import Console
 
 NUM_SHOWN = 4
@@ -13,10 +15,22 @@ class SampleWriter:
     """Appends rows to ``samples.jsonl`` and prints the first few beside what the same prompts gave before training."""
 
     def __init__(self, output_dir: str, console: Console, metrics: MetricsWriter):
-        self.console, self.metrics = console, metrics
+        self.output_dir, self.console, self.metrics = Path(output_dir), console, metrics
         self.first: dict[str, list[dict]] = {}
-        if console.enabled:
-            self.file = open(Path(output_dir) / "samples.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._offset = 0
+
+    @cached_property
+    def file(self) -> TextIO:
+        return open_at(self.output_dir / "samples.jsonl", self._offset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of `MetricsWriter`."""
+        if self.console.enabled:
+            self._offset = sync(self.file)
+        return {"offset": self._offset, "first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._offset, self.first = state["offset"], dict(state["first"])
 
     def add(self, step: int, kind: str, rows: list[dict]) -> None:
         """Rows hold prompt, response, score (or None) and more; the same prompts in the same order at every step."""
@@ -25,7 +39,7 @@ class SampleWriter:
         for row in rows:
             self.file.write(json.dumps({"step": step, "kind": kind} | row, ensure_ascii=False) + "\n")
         self.file.flush()
-        before = self.first.setdefault(kind, rows)
+        before = self.first.setdefault(kind, rows[:NUM_SHOWN])
         text = "\n".join(self._shown(step, old, new) for old, new in zip(before, rows[:NUM_SHOWN], strict=False))
         self.console.print(text)
         self.metrics.text(step, f"samples/{kind}", text.replace("\n", "\n\n"))

@@ -99,6 +99,12 @@ class BadScores:
         self.number = self.in_a_row = 0
         self.message = ""
 
+    def state_dict(self) -> dict[str, int]:
+        return {"number": self.number, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.number, self.in_a_row = state["number"], state["in_a_row"]
+
     def found(self, step: int, samples: Samples, scores: Scores) -> bool:
         """Whether this is one, on any rank. A rank writes its own ``repro/``; above 0 in a folder of its own.
 

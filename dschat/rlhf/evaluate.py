@@ -118,6 +118,12 @@ class BestSoFar:
         self.name = {"score": "eval/score_mean", "objective": "eval/objective"}.get(metric)
         self.patience, self.step, self.value, self.num_worse = patience, 0, -math.inf, 0
 
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "value": self.value, "num_worse": self.num_worse}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.value, self.num_worse = state["step"], state["value"], state["num_worse"]
+
     def improves(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether this evaluation is the best so far; one that is not a number never is."""
         if self.name is None:

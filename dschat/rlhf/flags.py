@@ -225,6 +225,7 @@ class PPOFlags(
         None, "what the critic starts from; default: the first full or lora reward, else the actor with a new head"
     )
     max_eval_samples: int = flag(512, "evaluate on the first so many held-out prompts; 0: all")
+    checkpoint_interval: int = flag(50, "save the whole run every so many rollouts; 0: only when a signal stops it")
 
     def __post_init__(self) -> None:
         for group in (RunFlags, DataFlags, *GROUPS):
@@ -328,6 +329,21 @@ class PPOFlags(
             max_ratio=self.max_ratio,
             max_tokens=self.max_tokens_per_batch,
         )
+
+    def inputs(self) -> dict[str, str]:
+        found = {"actor_model_name_or_path": self.actor_model_name_or_path}
+        if self.critic_model_name_or_path is not None:
+            found["critic_model_name_or_path"] = self.critic_model_name_or_path
+        for text in self.reward:
+            reward = parse_reward(text)
+            place = reward.target.rpartition(":")[0] if reward.kind == "function" else reward.target
+            found[f"reward {text}"] = place
+        return found
+
+    def step_sizes(self, num_ranks: int) -> dict[str, int]:
+        prompts = self.per_device_generation_batch_size * self.generation_batches * num_ranks
+        minibatch = self.update_spec(num_ranks).minibatch_size
+        return {"prompts of a rollout, of all ranks,": prompts, "answers of an optimizer step": minibatch}
 
     def ptx_spec(self) -> DataSpec:
         """The demonstrations as step 1 would train on all of them, less what it holds out."""

@@ -1,8 +1,8 @@
 """One PPO update: the clipped policy and value losses over a minibatch, and the checks around it."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from dschat.data.loader import Batch
 from dschat.engine.deepspeed_engine import backward, grad_norm
@@ -25,6 +25,14 @@ from dschat.rlhf.rollout import Sampling
 import torch
 
 Stats = dict[str, float]
+
+
+@dataclass
+class UpdateProgress:
+    """How far an update has come: minibatches that are done with, and the statistics of those that were stepped on."""
+
+    position: int = 0
+    updates: list[Stats] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,31 +65,35 @@ def train_rlhf(
     kl_coef: float = 0.0,
     train_policy: bool = True,
     ptx: Iterator[list[Batch]] | None = None,
+    progress: UpdateProgress | None = None,
+    after_step: Callable[[int], None] = lambda position: None,
 ) -> list[Stats]:
     """``ppo_epochs`` passes over the rollout, each cut into minibatches in a fresh order, the same on every rank.
 
     ``train_policy`` False trains the critic alone. ``kl_coef`` weighs a KL term of the loss; ``ptx`` yields the
     demonstrations of one optimizer step, this rank's micro-batches. Ends early before a minibatch on which the policy
-    is too far from the one that sampled (`UpdateSpec.max_approx_kl`, ``max_ratio``). Returns the statistics of each
-    minibatch, the first one first.
+    is too far from the one that sampled (`UpdateSpec.max_approx_kl`, ``max_ratio``). Goes on from ``progress``, which
+    it keeps up to date, and calls ``after_step`` with the position there after each step. Returns the statistics of
+    each minibatch, the first one first.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
-    updates: list[Stats] = []
-    for _ in range(spec.ppo_epochs):
-        order = torch.randperm(len(experience), generator=generator).to(experience.scores.device)
-        for rows in order.split(spec.minibatch_size):
-            minibatch = experience.rows(rows)
-            if not minibatch.action_mask.any():
-                continue
-            if updates and train_policy and too_far(engine, minibatch, sampling, spec, runtime):
-                return updates
+    orders = [torch.randperm(len(experience), generator=generator) for _ in range(spec.ppo_epochs)]
+    minibatches = [rows for order in orders for rows in order.to(experience.scores.device).split(spec.minibatch_size)]
+    progress = progress if progress is not None else UpdateProgress()
+    for rows in minibatches[progress.position :]:
+        minibatch = experience.rows(rows)
+        if minibatch.action_mask.any():
+            if progress.updates and train_policy and too_far(engine, minibatch, sampling, spec, runtime):
+                break
             policy: Stats = {}
             if train_policy:
                 demonstrations = next(ptx) if ptx is not None else []
                 policy = add_policy_gradient(engine, minibatch, sampling, spec, runtime, kl_coef, demonstrations)
             critic = add_critic_gradient(engine, minibatch, spec, runtime) if engine.critic is not None else {}
-            updates.append(policy | critic | step(engine, train_policy))
-    return updates
+            progress.updates.append(policy | critic | step(engine, train_policy))
+        progress.position += 1
+        after_step(progress.position)
+    return progress.updates
 
 
 def step(engine: RLHFEngine, train_policy: bool) -> Stats:

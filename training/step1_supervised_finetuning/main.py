@@ -18,6 +18,7 @@ from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.run_state import RunState
 from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
@@ -44,11 +45,11 @@ class Config(SupervisedFlags):
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
-    start = time.time()
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
 
     # Data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         data = load_rows(config.data_spec(config.seed), "sft", tokenizer, config.max_seq_len)
     data.require_held_out()
     console.print(data.summary("dialogues"))
+    if run.is_finished(lambda: config.identity(data.record(), dtype, runtime.world_size)):
+        return
     train_batches = training_batches(
         data.train,
         config.per_device_train_batch_size,
@@ -92,11 +95,13 @@ def main(argv: list[str] | None = None) -> None:
         metrics.log(step, values)
         console.print(f"step {step}: perplexity {values['eval/perplexity']:.2f} on held-out answers")
 
-    evaluate_and_log(0)
-    with console.bar(len(train_batches), "sft") as bar:
-        for step, micro_batches in enumerate(train_batches, 1):
+    run.restore({"model": engine}, {"metrics": metrics})
+    if run.is_new:
+        evaluate_and_log(0)
+    with run, console.bar(len(train_batches), "sft", run.step) as bar:
+        for step in run.steps(len(train_batches)):
             step_start = time.time()
-            batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
+            batches = [collate(data.train, micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
             loss, num_tokens = train_step(engine, model, batches, config.prompt_loss_weight, runtime)
             if step % config.log_interval == 0 or step == len(train_batches):
@@ -116,9 +121,10 @@ def main(argv: list[str] | None = None) -> None:
             config=to_dict(config),
             data=data.record(),
             metrics=metrics.last,
-            seconds=time.time() - start,
+            seconds=run.seconds,
         )
     metrics.close()
+    run.finish()
     console.print(f"saved to {config.output_dir}")
 
 

@@ -18,6 +18,7 @@ from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
@@ -65,17 +66,21 @@ class Config(SupervisedFlags):
         if self.reference_model_name_or_path and not self.objective().has_reference:
             raise UserError(f"--loss_type {self.loss_type} has no reference; drop --reference_model_name_or_path")
 
+    def inputs(self) -> dict[str, str]:
+        reference = self.reference_model_name_or_path
+        return super().inputs() | ({"reference_model_name_or_path": reference} if reference else {})
+
     def objective(self) -> Objective:
         return Objective(self.loss_type, {name: getattr(self, name) for name in CONSTANTS[self.loss_type]})
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
-    start = time.time()
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
     objective = config.objective()
     kind, noun = ("preference", "pairs") if objective.is_paired else ("feedback", "answers")
 
@@ -85,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     with main_process_first(runtime):
         data = load_rows(spec, kind, tokenizer, config.max_seq_len)
     console.print(data.summary(noun))
+    if run.is_finished(lambda: config.identity(data.record(), dtype, runtime.world_size)):
+        return
     shape = {"pad_token_id": tokenizer.pad_token_id, "max_len": config.max_seq_len, "seed": config.seed}
     shape |= {"batch_size": config.per_device_eval_batch_size, "runtime": runtime}
     train = AnswerRows(data.train, objective.is_paired, **shape)
@@ -137,11 +144,13 @@ def main(argv: list[str] | None = None) -> None:
             f"margin {values['eval/margin']:.3f}"
         )
 
-    evaluate_and_log(0)
-    with console.bar(len(train_batches), "dpo") as bar:
-        for step, micro_batches in enumerate(train_batches, 1):
+    run.restore({"model": engine}, {"metrics": metrics})
+    if run.is_new:
+        evaluate_and_log(0)
+    with run, console.bar(len(train_batches), "dpo", run.step) as bar:
+        for step in run.steps(len(train_batches)):
             step_start = time.time()
-            batches = [train.collate(micro_batch) for micro_batch in micro_batches]
+            batches = [train.collate(micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
             stats, num_rows = train_step(engine, model, objective, batches, runtime)
             if step % config.log_interval == 0 or step == len(train_batches):
@@ -161,9 +170,10 @@ def main(argv: list[str] | None = None) -> None:
             config=to_dict(config),
             data=data.record(),
             metrics=metrics.last,
-            seconds=time.time() - start,
+            seconds=run.seconds,
         )
     metrics.close()
+    run.finish()
     console.print(f"saved to {config.output_dir}")
 
 

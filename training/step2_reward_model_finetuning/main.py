@@ -21,6 +21,7 @@ from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
@@ -83,11 +84,11 @@ class Config(SupervisedFlags, CurveFlags):
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
-    start = time.time()
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
     other_kind = Path(config.output_dir) / ("config.json" if config.lora_dim else "adapter_config.json")
     if other_kind.exists():
         raise UserError(f"{other_kind}: a model of another kind is here; choose another --output_dir, or empty it")
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         data = load_rows(config.data_spec(config.seed), "ranking", tokenizer, config.max_seq_len)
     data.require_held_out()
     console.print(data.summary("ranked prompts"))
+    if run.is_finished(lambda: config.identity(data.record(), dtype, runtime.world_size)):
+        return
     train_batches = training_batches(
         data.train,
         config.per_device_train_batch_size,
@@ -149,11 +152,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         return scores
 
-    scores = evaluate_and_log(0)
-    with console.bar(len(train_batches), "reward") as bar:
-        for step, micro_batches in enumerate(train_batches, 1):
+    run.restore({"model": engine}, {"metrics": metrics})
+    if run.is_new:
+        evaluate_and_log(0)
+    with run, console.bar(len(train_batches), "reward", run.step) as bar:
+        for step in run.steps(len(train_batches)):
             step_start = time.time()
-            batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
+            batches = [collate(data.train, micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
             options = {"label_smoothing": config.label_smoothing, "center_coef": config.center_rewards_coefficient}
             stats, num_pairs = train_step(engine, batches, options, runtime)
@@ -162,8 +167,9 @@ def main(argv: list[str] | None = None) -> None:
                 metrics.log(step, line | {"perf/pairs_per_s": num_pairs / (time.time() - step_start)})
             bar.set_postfix_str(f", loss {stats['loss']:.3f}", refresh=False)
             bar.update()
-            if step == len(train_batches) or (config.eval_interval and step % config.eval_interval == 0):
-                scores = evaluate_and_log(step)
+            if step < len(train_batches) and config.eval_interval and step % config.eval_interval == 0:
+                evaluate_and_log(step)
+    scores = evaluate_and_log(len(train_batches))
     given = scores[np.isfinite(scores)]
     mean, std = float(given.mean()), float(given.std())
     metrics.log(len(train_batches), {"eval/score_mean": mean, "eval/score_std": std})
@@ -190,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
             config=to_dict(config),
             data=data.record(),
             metrics=metrics.last,
-            seconds=time.time() - start,
+            seconds=run.seconds,
         )
 
     # Report
@@ -200,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     if runtime.is_main:
         write_quality(quality, report_dir)
     metrics.close()
+    run.finish()
     console.print(f"saved to {config.output_dir}")
 
 

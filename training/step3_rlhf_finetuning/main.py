@@ -9,20 +9,19 @@ part has its flags and its page: docs/ppo.md.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dschat.config import parse_config, to_dict
-from dschat.data.loader import Batch, collate_prompts, collate_sft, prompt_stream
+from dschat.data.loader import PromptStream, collate_prompts
 from dschat.data.prepare import load_rows
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import learning_rate, save_weights, whole_model
-from dschat.engine.distributed import Runtime, init_runtime, main_process_first
+from dschat.engine.distributed import init_runtime, main_process_first
+from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
-from dschat.functional import adaptive_kl_coef
 from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
@@ -30,10 +29,12 @@ from dschat.report.progress import Console
 from dschat.report.samples import SampleWriter
 from dschat.rlhf.build import check_quality, create_models
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
+from dschat.rlhf.demonstrations import Demonstrations
 from dschat.rlhf.evaluate import BestSoFar, best_of_n, evaluate_policy, held_out_prompts
 from dschat.rlhf.experience import add_advantages, experience_metrics
 from dschat.rlhf.explain import explain_update
 from dschat.rlhf.flags import PPOFlags
+from dschat.rlhf.kl_coefficient import KLCoefficient
 from dschat.rlhf.ppo_trainer import mean_of, train_rlhf
 from dschat.rlhf.rewards import reward_metrics
 from dschat.rlhf.rollout import Sampling, banned_token_ids
@@ -45,9 +46,7 @@ from dschat.rlhf.self_check import (
     tolerance,
 )
 from dschat.rlhf.slots import create_decoder
-
-import datasets
-from transformers import PreTrainedTokenizerBase
+from dschat.rlhf.update_state import CurrentUpdate, Update
 
 
 @dataclass(kw_only=True)
@@ -57,27 +56,29 @@ class Config(PPOFlags):
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
-    start = time.time()
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
 
     # Data
     tokenizer = load_tokenizer(config.actor_model_name_or_path, config.chat_template)
     with main_process_first(runtime):
         data = load_rows(config.data_spec(config.seed), "prompt", tokenizer, config.max_prompt_seq_len)
-        ptx_rows = None
+        found, ptx_rows = data.record(), None
         if config.ptx_data_path:
             longest = config.max_prompt_seq_len + config.max_answer_seq_len
             ptx_rows = load_rows(config.ptx_spec(), "sft", tokenizer, longest).train
+            found["ptx_fingerprint"] = ptx_rows._fingerprint
     data.require_held_out()
     console.print(data.summary("prompts"))
+    if run.is_finished(lambda: config.identity(found, dtype, runtime.world_size)):
+        return
     held_out = held_out_prompts(data.eval, runtime)
     num_prompts = config.per_device_generation_batch_size * config.generation_batches * runtime.world_size
     num_rows = num_prompts * config.num_samples_per_prompt
     num_rollouts = config.max_steps or -(-config.num_train_epochs * len(data.train) // num_prompts)
-    prompts = prompt_stream(len(data.train), num_prompts, config.seed)
     if config.show_batch:
         first = collate_prompts([data.train[i] for i in range(min(4, len(data.train)))], tokenizer.pad_token_id)
         none_trained = first["attention_mask"] & False
@@ -86,7 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--kl_horizon {config.kl_horizon} is too short for rollouts of {num_rows} answers; raise it")
     shaping, update = config.shaping(), config.update_spec(runtime.world_size)
     num_updates = config.ppo_epochs * -(-num_rows // update.minibatch_size)
-    ptx = demonstrations(ptx_rows, update.minibatch_size, update.micro_batch_size, tokenizer, config.seed, runtime)
+    ptx = None
+    if ptx_rows is not None:
+        sizes = (update.minibatch_size, update.micro_batch_size)
+        ptx = Demonstrations(ptx_rows, *sizes, tokenizer.pad_token_id, config.seed, runtime)
 
     # Model
     spec = config.models_spec(num_rollouts, num_updates)
@@ -129,9 +133,9 @@ def main(argv: list[str] | None = None) -> None:
                 directory,
                 role=role,
                 config=to_dict(config),
-                data=data.record(),
+                data=found,
                 metrics=metrics.last,
-                seconds=time.time() - start,
+                seconds=run.seconds,
             )
 
     # Train
@@ -139,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     samples_file = SampleWriter(config.output_dir, console, metrics)
     bad_scores = BadScores(config.output_dir, runtime)
     best = BestSoFar(config.best_metric, config.early_stopping_patience)
-    kl_coef = config.kl_coef
+    kl_coef = KLCoefficient(config.kl_coef, config.kl_target, config.kl_horizon)
+    current = CurrentUpdate(runtime.device)
 
     def evaluate_and_log(step: int) -> None:
         values, rows = evaluate_policy(collector, held_out, config.kl_coef)
@@ -152,40 +157,51 @@ def main(argv: list[str] | None = None) -> None:
         if best.improves(step, values):
             save_actor("best")
 
-    evaluate_and_log(0)
-    if config.best_of_n:
-        samples_file.add(0, f"best_of_{config.best_of_n}", best_of_n(collector, held_out, config.best_of_n))
-    with console.bar(num_rollouts, "ppo") as bar:
-        for step in range(1, num_rollouts + 1):
-            # 1. Roll out: answers to the next prompts, sampled from the actor as it is.
-            times = [time.time()]
-            rows = [data.train[i] for i in next(prompts)[runtime.rank :: runtime.world_size]]
+    engines = {"actor": engine.actor} | ({"critic": engine.critic} if engine.critic is not None else {})
+    parts = {"metrics": metrics, "samples": samples_file, "bad_scores": bad_scores, "best": best, "kl_coef": kl_coef}
+    parts |= {name: part for name, part in (("ptx", ptx), ("ema", engine.ema)) if part is not None}
+    run.restore(engines, parts | {"update": current})
+    prompts = PromptStream(len(data.train), num_prompts, config.seed, position=run.step)
+    if run.is_new:
+        evaluate_and_log(0)
+        if config.best_of_n:
+            samples_file.add(0, f"best_of_{config.best_of_n}", best_of_n(collector, held_out, config.best_of_n))
+    with run, console.bar(num_rollouts, "ppo", run.step) as bar:
+        for step in run.steps(num_rollouts):
             seed = config.seed * 1_000_003 + step
-            rollout = roll_out(collector, rows, seed)
-            times.append(time.time())
-
-            # 2. Score: the rewards' judgement, log-probabilities, values; then advantages over the rows of all ranks.
-            samples, scores = judge(collector, rollout, rows)
-            bar.update()
             evaluates = step == num_rollouts or (config.eval_interval > 0 and step % config.eval_interval == 0)
-            if bad_scores.found(step, samples, scores):
-                console.print(bad_scores.message)
-                metrics.log(step, {"rewards/num_bad_rollouts": bad_scores.number})
-                if evaluates:
-                    evaluate_and_log(step)
-                continue
-            experience, by_source = collect(collector, rollout, samples, scores)
-            experience = add_advantages(experience, shaping, kl_coef)
             is_first = step == 1 + bad_scores.number
-            if is_first and config.self_check:
-                check_experience(experience, shaping, kl_coef, dtype)
-                check_reward_padding(rewards, samples, dtype)
-                if engine.critic is not None:
-                    check_critic_padding(engine.critic, experience, tokenizer.pad_token_id, dtype)
-            times.append(time.time())
+            indices = next(prompts)[runtime.rank :: runtime.world_size]
+            if current.update is None:  # else the run was stopped inside this update
+                # 1. Roll out: answers to the next prompts, sampled from the actor as it is.
+                times = [time.time()]
+                rows = [data.train[i] for i in indices]
+                rollout = roll_out(collector, rows, seed)
+                times.append(time.time())
+                run.stop_if_asked()  # the seeds would draw the same answers again
+
+                # 2. Score: the rewards' judgement, log-probabilities, values; advantages over the rows of all ranks.
+                samples, scores = judge(collector, rollout, rows)
+                if bad_scores.found(step, samples, scores):
+                    bar.update()
+                    console.print(bad_scores.message)
+                    metrics.log(step, {"rewards/num_bad_rollouts": bad_scores.number})
+                    if evaluates:
+                        evaluate_and_log(step)
+                    continue
+                experience, by_source = collect(collector, rollout, samples, scores)
+                experience = add_advantages(experience, shaping, kl_coef.value)
+                if is_first and config.self_check:
+                    check_experience(experience, shaping, kl_coef.value, dtype)
+                    check_reward_padding(rewards, samples, dtype)
+                    if engine.critic is not None:
+                        check_critic_padding(engine.critic, experience, tokenizer.pad_token_id, dtype)
+                times.append(time.time())
+                seconds = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+                current.update = Update(experience, by_source, learning_rate(engine.actor), seconds)
 
             # 3. Update: clipped policy and value losses over minibatches.
-            rate = learning_rate(engine.actor)
+            update_start, experience = time.time(), current.update.experience
             train_policy = step > config.critic_warmup_rollouts
             updates = train_rlhf(
                 engine,
@@ -194,25 +210,32 @@ def main(argv: list[str] | None = None) -> None:
                 update,
                 seed,
                 runtime,
-                kl_coef=kl_coef,
+                kl_coef=kl_coef.value,
                 train_policy=train_policy,
                 ptx=ptx,
+                progress=current.update.progress,
+                after_step=run.stop_if_asked,
             )
+            bar.update()
             if config.self_check and updates:
                 check_first_minibatch(updates[0], dtype)
                 if is_first:
                     console.print("self-check passed: ratio 1, KL 0, one score per answer, padding without effect")
-            times.append(time.time())
+            seconds = [*current.update.seconds, time.time() - update_start]
             if is_first and config.explain:
-                explain_update(collector, experience, shaping, update, kl_coef, config.explain, config.output_dir)
+                explain_update(
+                    collector, experience, shaping, update, kl_coef.value, config.explain, config.output_dir
+                )
 
             line = experience_metrics(experience, config.clip_reward_value) | mean_of(updates)
-            line |= reward_metrics(by_source) | {"rewards/num_bad_rollouts": bad_scores.number}
-            line |= {"objective/kl_coef": kl_coef, "lr": rate, "policy/updates_left_out": num_updates - len(updates)}
-            line |= phase_times(times, num_rows, float(experience.response_mask.sum()))
+            line |= reward_metrics(current.update.by_source) | {"rewards/num_bad_rollouts": bad_scores.number}
+            line |= {"objective/kl_coef": kl_coef.value, "lr": current.update.learning_rate}
+            line |= {"policy/updates_left_out": num_updates - len(updates)}
+            line |= phase_times(seconds, num_rows, float(experience.response_mask.sum()))
+            current.update = None
             score, kl = line["objective/score_mean"], line["objective/kl_per_seq"]
-            if config.kl_target and train_policy:
-                kl_coef = adaptive_kl_coef(kl_coef, kl, config.kl_target, num_rows, config.kl_horizon)
+            if train_policy:
+                kl_coef.update(kl, num_rows)
             if step % config.log_interval == 0 or step == num_rollouts:
                 metrics.log(step, line)
                 metrics.histogram(step, "objective/scores", experience.scores[experience.scored].cpu())
@@ -237,36 +260,14 @@ def main(argv: list[str] | None = None) -> None:
         record(directory, CRITIC)
     record(config.output_dir, POLICY)
     metrics.close()
+    run.finish()
     console.print(f"saved to {config.output_dir}/actor" + (f"; best: step {best.step}" if best.name else ""))
 
 
-def demonstrations(
-    rows: datasets.Dataset | None,
-    minibatch_size: int,
-    micro_batch_size: int,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    runtime: Runtime,
-) -> Iterator[list[Batch]] | None:
-    """This rank's micro-batches of demonstrations for one optimizer step after the other; None without any."""
-    if rows is None:
-        return None
-
-    def batches() -> Iterator[list[Batch]]:
-        for indices in prompt_stream(len(rows), minibatch_size, seed):
-            mine = [rows[i] for i in indices[runtime.rank :: runtime.world_size]]
-            parts = [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
-            collated = [collate_sft(part, len(part), tokenizer.pad_token_id) for part in parts]
-            yield [{name: tensor.to(runtime.device) for name, tensor in batch.items()} for batch in collated]
-
-    return batches()
-
-
-def phase_times(times: list[float], num_sequences: int, num_tokens: float) -> dict[str, float]:
-    seconds = times[-1] - times[0]
-    phases = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
-    named = dict(zip(("time/rollout_s", "time/score_s", "time/train_s"), phases, strict=True))
-    return named | {"perf/seq_per_s": num_sequences / seconds, "perf/tokens_per_s": num_tokens / seconds}
+def phase_times(seconds: list[float], num_sequences: int, num_tokens: float) -> dict[str, float]:
+    total = sum(seconds)
+    named = dict(zip(("time/rollout_s", "time/score_s", "time/train_s"), seconds, strict=True))
+    return named | {"perf/seq_per_s": num_sequences / total, "perf/tokens_per_s": num_tokens / total}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The run state on two ranks at every ZeRO stage, and on another number of ranks than the one that wrote it."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+import pytest
+
+
+def launch(world_size: int, *argv: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    env = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.resume_driver", *argv]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Results by number of ranks and case."""
+    root = tmp_path_factory.mktemp("ranks")
+    launch(2, str(root), ",".join(f"write:{stage}" for stage in range(4)))
+    for stage in range(4):  # the checkpoint of step 3 is the one to go on from
+        shutil.rmtree(root / f"zero{stage}" / "checkpoints" / "step_00000006")
+        shutil.copytree(root / f"zero{stage}", root / "one" / f"zero{stage}")
+    launch(2, str(root), ",".join(["read:0:0", "read:1:1", "read:2:2", "read:3:3", "fail"]))
+    cases = ["read:0:0", "read:1:2", "read:3:3", "read:2:3", "read:2:1"]
+    launch(1, str(root / "one"), ",".join(cases))
+    files = {2: [root / "ranks2-write-0.json", root / "ranks2-read-0-0.json"]}
+    files[1] = [root / "one" / "ranks1-read-0-0.json"]
+    return {ranks: {k: v for path in paths for k, v in json.loads(path.read_text()).items()}
+            for ranks, paths in files.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_go_on_bit_for_bit(found, stage):
+    whole, continued = found[2][f"write:{stage}"], found[2][f"read:{stage}:{stage}"]
+    assert len(continued) == 7 and continued == whole[6:]
+    assert len(set(whole)) == len(whole)  # everything moves
+
+
+def test_one_rank_goes_on_where_two_were(found):
+    """ZeRO 0, and ZeRO 1 and 2 as each other; losses and the average to 1e-4, the generator exactly."""
+    for case, source in (("read:0:0", 0), ("read:1:2", 1), ("read:2:1", 2)):
+        assert found[1][case] == pytest.approx(found[2][f"write:{source}"][6:], rel=1e-4), case
+
+
+def test_a_layout_that_cannot_be_continued_is_named(found):
+    for case, was, now in (("read:3:3", 3, 3), ("read:2:3", 2, 3)):
+        message = found[1][case]
+        assert f"was written at ZeRO {was} on 2 ranks and cannot be continued at ZeRO {now} on 1" in message
+        assert "--fresh" in message
+
+
+def test_one_rank_that_cannot_write_leaves_the_others_in_no_collective(found):
+    first, said, second, names = found[2]["fail"]
+    assert first is False and second is True and names == ["step_00000000"]
+    assert len(said) == 1 and "No space left on device" in said[0]
