@@ -79,7 +79,7 @@ BY_THE_PROGRAM = {
     *("show_batch", "per_device_generation_batch_size", "generation_batches", "max_prompt_seq_len"),
     *("max_answer_seq_len", "temperature", "kl_coef", "kl_target", "kl_horizon", "best_metric"),
     *("early_stopping_patience", "best_of_n", "self_check", "explain", "allow_weak_reward_model"),
-    *("rollout_engine", "old_logprobs"),
+    *("rollout_engine", "old_logprobs", "trust_remote_code", "stall_timeout"),
     *("checkpoint_interval", "keep_checkpoints", "resume", "fresh"),
 }
 REFUSED = {"top_k", "top_p"}  # any other value than off ends the program
