@@ -2,8 +2,13 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
+from dschat.data.loader import MicroBatch
+
+import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +36,23 @@ def show_batch(
         num_learned = sum(learned for _, learned in real)
         lines.append(f"row {row}: {len(real)} tokens, {num_learned} in the loss\n{''.join(pieces)}")
     return "\n\n".join(lines)
+
+
+def repro_rows(
+    rows: datasets.Dataset, step: Iterable[MicroBatch], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The token rows of an optimizer step, for a file that lets it be looked at: the number of each in the data of its
+    stage, and of each of its sequences the ids and the text."""
+    found = []
+    for index in (i for micro_batch in step for i in micro_batch.indices[: micro_batch.num_real]):
+        row = rows[index]
+        sequences: list[list[int]] = []
+        for name in ("input_ids", "chosen_ids", "rejected_ids"):
+            ids = row.get(name) or []
+            sequences += ids if ids and isinstance(ids[0], list) else [ids] if ids else []
+        texts = [{"token_ids": ids, "text": tokenizer.decode(ids)} for ids in sequences]
+        found.append({"row": index, "source": row.get("source"), "sequences": texts})
+    return found
 
 
 def _printable(text: str) -> str:

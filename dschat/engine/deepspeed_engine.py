@@ -71,12 +71,16 @@ def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
 
     DeepSpeed averages gradients over ranks; the factor undoes that, so the programs divide each loss by the tokens (or
     pairs) of the whole optimizer step and neither accumulation nor the number of ranks changes the result.
+
+    A loss that is not finite makes its whole gradient so, where it may be finite by itself: ``engine.step()`` then
+    changes no weight, on any rank, and `grad_norm` tells.
     """
-    engine.backward(loss * engine.world_size, scale_wrt_gas=False)
+    factor = torch.where(torch.isfinite(loss.detach()), float(engine.world_size), torch.nan)
+    engine.backward(loss * factor, scale_wrt_gas=False)
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """The L2 norm of the whole gradient of the last step, before clipping."""
+    """The L2 norm of the whole gradient of the last step, before clipping; not finite where the step was left out."""
     recorded = getattr(engine.module, "dschat_grad_norm", None)
     return float(recorded if recorded is not None else engine.get_global_grad_norm() or 0.0)
 

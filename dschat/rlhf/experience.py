@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_rows
 from dschat.functional import (
@@ -26,6 +26,7 @@ from dschat.rlhf.rollout import Rollout, Sampling, tokens_of
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 GAE = "gae"
 ESTIMATORS = (GAE, "rloo", "grpo", "reinforce_pp")
@@ -190,6 +191,22 @@ def score_rollout(
         scores,
         **scored,
     )
+
+
+def repro_responses(batch: Experience, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Prompts and responses and what was found of them, for a file that lets them be looked at. Numbers are text
+    there, for JSON has no nan."""
+    prompts = tokens_of(batch.input_ids, batch.attention_mask)
+    rows = []
+    for row, (prompt, response) in enumerate(
+        zip(prompts, tokens_of(batch.response_ids, batch.response_mask), strict=True)
+    ):
+        names = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
+        found = {name: getattr(batch, name)[row] for name in names if len(getattr(batch, name))}
+        columns = {name: [str(x) for x in value[: len(response)].tolist()] for name, value in found.items()}
+        texts = {"prompt": tokenizer.decode(prompt), "response": tokenizer.decode(response)}
+        rows.append(texts | {"token_ids": [*prompt, *response], "score": str(batch.scores[row].item())} | columns)
+    return rows
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

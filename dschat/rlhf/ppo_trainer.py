@@ -67,6 +67,7 @@ def train_rlhf(
     ptx: Iterator[list[Batch]] | None = None,
     progress: UpdateProgress | None = None,
     after_step: Callable[[int], None] = lambda position: None,
+    is_bad: Callable[[int, Stats, Experience], bool] | None = None,
 ) -> list[Stats]:
     """``ppo_epochs`` passes over the rollout, each cut into minibatches in a fresh order, the same on every rank.
 
@@ -75,6 +76,13 @@ def train_rlhf(
     is too far from the one that sampled (`UpdateSpec.max_approx_kl`, ``max_ratio``). Goes on from ``progress``, which
     it keeps up to date, and calls ``after_step`` with the position there after each step. Returns the statistics of
     each minibatch, the first one first.
+
+    Where a loss is not finite neither model makes a step; where a gradient is not, its model makes none. ``is_bad``
+    gets the position, the statistics and the rows of each minibatch, and says whether it is such a one, whose
+    statistics do not count.
+
+    Raises:
+        RuntimeError: a step is not finite, and there is no ``is_bad``.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     orders = [torch.randperm(len(experience), generator=generator) for _ in range(spec.ppo_epochs)]
@@ -90,19 +98,34 @@ def train_rlhf(
                 demonstrations = next(ptx) if ptx is not None else []
                 policy = add_policy_gradient(engine, minibatch, sampling, spec, runtime, kl_coef, demonstrations)
             critic = add_critic_gradient(engine, minibatch, spec, runtime) if engine.critic is not None else {}
-            progress.updates.append(policy | critic | step(engine, train_policy))
+            if not all(map(math.isfinite, (policy | critic).values())):
+                spoil_gradients(engine, minibatch, train_policy)
+            stats = policy | critic | step(engine, train_policy)
+            if is_bad is None and not all(map(math.isfinite, stats.values())):
+                raise RuntimeError(f"PPO loss is not finite: {stats}")
+            if is_bad is None or not is_bad(progress.position, stats, minibatch):
+                progress.updates.append(stats)
         progress.position += 1
         after_step(progress.position)
     return progress.updates
 
 
+def spoil_gradients(engine: RLHFEngine, minibatch: Experience, train_policy: bool) -> None:
+    """Where the loss of one model is not finite, neither makes its step: a gradient that is not finite is left out."""
+    one = minibatch.rows([0])
+    if train_policy:
+        backward(engine.actor, math.nan * policy_logits(engine.actor, engine, one).float().sum())
+    if engine.critic is not None:
+        backward(engine.critic, math.nan * response_values(engine.critic, one).sum())
+
+
 def step(engine: RLHFEngine, train_policy: bool) -> Stats:
-    """One optimizer step of each model, once the losses of both are known to be finite."""
+    """One optimizer step of each model whose gradient is finite."""
     norms = {}
     if train_policy:
         engine.actor.step()
         norms["policy/grad_norm"] = grad_norm(engine.actor)
-        if engine.ema is not None:
+        if engine.ema is not None and math.isfinite(norms["policy/grad_norm"]):
             engine.ema.update()
     if engine.critic is not None:
         engine.critic.step()
@@ -124,9 +147,6 @@ def add_policy_gradient(
 
     Each rank takes every world_size-th row. Every term is divided by the actions (PTX: the tokens) of the whole
     minibatch, so neither micro-batches nor ranks change the step.
-
-    Raises:
-        RuntimeError: a loss is not finite; nothing has been stepped then.
     """
     engine.train()
     num_tokens = float(minibatch.action_mask.sum())
@@ -195,11 +215,7 @@ def add_demonstrations_gradient(
 
 
 def add_critic_gradient(engine: RLHFEngine, minibatch: Experience, spec: UpdateSpec, runtime: Runtime) -> Stats:
-    """The gradient of the critic, of the clipped value loss; rows and denominators as for the policy.
-
-    Raises:
-        RuntimeError: the loss is not finite; nothing has been stepped then.
-    """
+    """The gradient of the critic, of the clipped value loss; rows and denominators as for the policy."""
     critic = engine.critic
     assert critic is not None
     engine.train()
@@ -273,12 +289,6 @@ class _Sums:
         self.maxima[name] = max(self.maxima.get(name, 0.0), value.item())
 
     def reduce(self, runtime: Runtime) -> Stats:
-        """Raises RuntimeError when one is not finite."""
         totals = all_reduce_sum(torch.stack(list(self.sums.values())), runtime).tolist()
         stats = dict(zip(self.sums, totals, strict=True))
-        stats |= {name: all_reduce_max(value, runtime) for name, value in self.maxima.items()}
-        if not all(map(math.isfinite, stats.values())):
-            raise RuntimeError(
-                f"PPO loss is not finite: {stats}; lower the learning rates or use --dtype bf16 or fp32"
-            )
-        return stats
+        return stats | {name: all_reduce_max(value, runtime) for name, value in self.maxima.items()}

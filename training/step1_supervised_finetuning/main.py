@@ -10,11 +10,12 @@ is the mean over the tokens of the whole optimizer step: neither micro-batches, 
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, to_dict
 from dschat.data.loader import collate_sft, epoch_batches
 from dschat.data.prepare import load_rows, training_batches
-from dschat.data.show import show_batch
+from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
@@ -24,6 +25,7 @@ from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
 from dschat.models.forward import model_inputs
 from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 
@@ -95,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         metrics.log(step, values)
         console.print(f"step {step}: perplexity {values['eval/perplexity']:.2f} on held-out answers")
 
-    run.restore({"model": engine}, {"metrics": metrics})
+    bad_steps = BadSteps(config.output_dir, runtime, console.print)
+    run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
         evaluate_and_log(0)
     with run, console.bar(len(train_batches), "sft", run.step) as bar:
@@ -104,8 +107,11 @@ def main(argv: list[str] | None = None) -> None:
             batches = [collate(data.train, micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
             loss, num_tokens = train_step(engine, model, batches, config.prompt_loss_weight, runtime)
+            line = {"loss": loss, "grad_norm": grad_norm(engine)}
+            rows = partial(repro_rows, data.train, train_batches[step - 1], tokenizer)
+            bad_steps.found(f"step {step}", line, rows)
             if step % config.log_interval == 0 or step == len(train_batches):
-                line = {"loss": loss, "lr": rate, "grad_norm": grad_norm(engine)}
+                line |= {"lr": rate, "num_bad_steps": bad_steps.number}
                 metrics.log(step, line | {"perf/tokens_per_s": num_tokens / (time.time() - step_start)})
             bar.set_postfix_str(f", loss {loss:.3f}", refresh=False)
             bar.update()
@@ -147,8 +153,6 @@ def train_step(
         backward(engine, loss)
         losses.append(loss.detach())
     total = all_reduce_sum(torch.stack(losses).sum(), runtime).item()
-    if not math.isfinite(total):
-        raise RuntimeError(f"the loss is {total}; lower --learning_rate, or use --dtype bf16 or fp32")
     engine.step()
     return total, num_tokens
 

@@ -8,13 +8,13 @@ than the reference the policy prefers the chosen answer (Rafailov et al. 2023, e
 whole optimizer step. The reference is the model before training; it is asked once, before the first step.
 """
 
-import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
 from dschat.data.prepare import load_rows, training_batches
-from dschat.data.show import show_batch
+from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
@@ -22,6 +22,7 @@ from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.statistics import wilson_interval
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
             f"margin {values['eval/margin']:.3f}"
         )
 
-    run.restore({"model": engine}, {"metrics": metrics})
+    bad_steps = BadSteps(config.output_dir, runtime, console.print)
+    run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
         evaluate_and_log(0)
     with run, console.bar(len(train_batches), "dpo", run.step) as bar:
@@ -153,8 +155,11 @@ def main(argv: list[str] | None = None) -> None:
             batches = [train.collate(micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
             stats, num_rows = train_step(engine, model, objective, batches, runtime)
+            line = {"loss": stats["loss"], "grad_norm": grad_norm(engine)}
+            rows = partial(repro_rows, data.train, train_batches[step - 1], tokenizer)
+            bad_steps.found(f"step {step}", line, rows)
             if step % config.log_interval == 0 or step == len(train_batches):
-                line = stats | {"lr": rate, "grad_norm": grad_norm(engine)}
+                line |= stats | {"lr": rate, "num_bad_steps": bad_steps.number}
                 metrics.log(step, line | {f"perf/{noun}_per_s": num_rows / (time.time() - step_start)})
             bar.set_postfix_str(f", loss {stats['loss']:.3f}", refresh=False)
             bar.update()
@@ -198,8 +203,6 @@ def train_step(
         losses.append(loss.detach())
         scored.append(rows.each(torch.Tensor.detach))
     loss_value = all_reduce_sum(torch.stack(losses).sum(), runtime).item()
-    if not math.isfinite(loss_value):
-        raise RuntimeError(f"the loss is {loss_value}; lower --learning_rate, or use --dtype bf16 or fp32")
     engine.step()
     return objective.measure(gather_answers(scored, runtime)) | {"loss": loss_value}, num_rows
 

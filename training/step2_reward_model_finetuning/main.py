@@ -12,12 +12,13 @@ stands a report on whether the model may be trusted; step 3 refuses one that may
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
 from dschat.data.loader import Batch, collate_rankings
 from dschat.data.prepare import load_rows, training_batches
-from dschat.data.show import show_batch
+from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
@@ -28,6 +29,7 @@ from dschat.functional import listwise_ranking_loss
 from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
+from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.reward_quality import (
@@ -152,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         return scores
 
-    run.restore({"model": engine}, {"metrics": metrics})
+    bad_steps = BadSteps(config.output_dir, runtime, console.print)
+    run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
         evaluate_and_log(0)
     with run, console.bar(len(train_batches), "reward", run.step) as bar:
@@ -162,8 +165,11 @@ def main(argv: list[str] | None = None) -> None:
             rate = learning_rate(engine)
             options = {"label_smoothing": config.label_smoothing, "center_coef": config.center_rewards_coefficient}
             stats, num_pairs = train_step(engine, batches, options, runtime)
+            line = {"loss": stats["loss"], "grad_norm": grad_norm(engine)}
+            rows = partial(repro_rows, data.train, train_batches[step - 1], tokenizer)
+            bad_steps.found(f"step {step}", line, rows)
             if step % config.log_interval == 0 or step == len(train_batches):
-                line = stats | {"lr": rate, "grad_norm": grad_norm(engine)}
+                line |= stats | {"lr": rate, "num_bad_steps": bad_steps.number}
                 metrics.log(step, line | {"perf/pairs_per_s": num_pairs / (time.time() - step_start)})
             bar.set_postfix_str(f", loss {stats['loss']:.3f}", refresh=False)
             bar.update()
@@ -234,8 +240,6 @@ def train_step(
         backward(engine, loss)
         sums.append(torch.stack([loss.detach(), stats["accuracy"] * stats["num_pairs"], stats["num_pairs"]]))
     loss_value, num_correct, num_pairs = all_reduce_sum(torch.stack(sums).sum(0), runtime).tolist()
-    if not math.isfinite(loss_value):
-        raise RuntimeError(f"the loss is {loss_value}; lower --learning_rate, or use --dtype bf16 or fp32")
     engine.step()
     return {"loss": loss_value, "accuracy": num_correct / num_pairs}, num_pairs
 

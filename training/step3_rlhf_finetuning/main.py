@@ -10,6 +10,7 @@ part has its flags and its page: docs/ppo.md.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dschat.config import parse_config, to_dict
@@ -24,6 +25,7 @@ from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
 from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
+from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.samples import SampleWriter
@@ -31,11 +33,11 @@ from dschat.rlhf.build import check_quality, create_models
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
 from dschat.rlhf.demonstrations import Demonstrations
 from dschat.rlhf.evaluate import BestSoFar, best_of_n, evaluate_policy, held_out_prompts
-from dschat.rlhf.experience import add_advantages, experience_metrics
+from dschat.rlhf.experience import Experience, add_advantages, experience_metrics, repro_responses
 from dschat.rlhf.explain import explain_update
 from dschat.rlhf.flags import PPOFlags
 from dschat.rlhf.kl_coefficient import KLCoefficient
-from dschat.rlhf.ppo_trainer import mean_of, train_rlhf
+from dschat.rlhf.ppo_trainer import Stats, mean_of, train_rlhf
 from dschat.rlhf.rewards import reward_metrics
 from dschat.rlhf.rollout import Sampling, banned_token_ids
 from dschat.rlhf.self_check import (
@@ -142,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = MetricsWriter(config.output_dir, "ppo", runtime.is_main)
     samples_file = SampleWriter(config.output_dir, console, metrics)
     bad_scores = BadScores(config.output_dir, runtime)
+    bad_steps = BadSteps(config.output_dir, runtime, console.print)
     best = BestSoFar(config.best_metric, config.early_stopping_patience)
     kl_coef = KLCoefficient(config.kl_coef, config.kl_target, config.kl_horizon)
     current = CurrentUpdate(runtime.device)
@@ -157,8 +160,13 @@ def main(argv: list[str] | None = None) -> None:
         if best.improves(step, values):
             save_actor("best")
 
+    def is_bad(step: int, position: int, stats: Stats, minibatch: Experience) -> bool:
+        rows = partial(repro_responses, minibatch, tokenizer)
+        return bad_steps.found(f"step {step}, minibatch {position}", stats, rows)
+
     engines = {"actor": engine.actor} | ({"critic": engine.critic} if engine.critic is not None else {})
-    parts = {"metrics": metrics, "samples": samples_file, "bad_scores": bad_scores, "best": best, "kl_coef": kl_coef}
+    parts = {"metrics": metrics, "samples": samples_file, "bad_scores": bad_scores, "bad_steps": bad_steps}
+    parts |= {"best": best, "kl_coef": kl_coef}
     parts |= {name: part for name, part in (("ptx", ptx), ("ema", engine.ema)) if part is not None}
     run.restore(engines, parts | {"update": current})
     prompts = PromptStream(len(data.train), num_prompts, config.seed, position=run.step)
@@ -215,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
                 ptx=ptx,
                 progress=current.update.progress,
                 after_step=run.stop_if_asked,
+                is_bad=partial(is_bad, step),
             )
             bar.update()
             if config.self_check and updates:
@@ -230,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             line = experience_metrics(experience, config.clip_reward_value) | mean_of(updates)
             line |= reward_metrics(current.update.by_source) | {"rewards/num_bad_rollouts": bad_scores.number}
             line |= {"objective/kl_coef": kl_coef.value, "lr": current.update.learning_rate}
-            line |= {"policy/updates_left_out": num_updates - len(updates)}
+            line |= {"policy/updates_left_out": num_updates - len(updates), "num_bad_steps": bad_steps.number}
             line |= phase_times(seconds, num_rows, float(experience.response_mask.sum()))
             current.update = None
             score, kl = line["objective/score_mean"], line["objective/kl_per_seq"]
