@@ -2,11 +2,12 @@
 
     python benchmarks/kill_fuzz.py --program ppo --kills 25
     python benchmarks/kill_fuzz.py --program ppo --kills 10 --ranks 2 --zero_stage 2
+    python benchmarks/kill_fuzz.py --program e2e --kills 25           all stages, killed inside of them and between
 
 The embedded task in a small setting. One run is left alone; the others get SIGKILL, on all ranks at once: every other
 time at a random instant between the loading of the models and the end, otherwise while a checkpoint is written. The
 same command starts the run again each time. Whoever ends is compared with the first: weights, metrics.jsonl and the
-metrics of run.json but for what a clock says, samples.jsonl.
+metrics of run.json and the summary but for what a clock says, samples.jsonl.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ PROGRAMS = {
     "dpo": "step2_dpo_finetuning",
     "ppo": "step3_rlhf_finetuning",
 }
+E2E = "e2e"
 COMMON = (
     "--data_path toy --dtype fp32 --max_eval_samples 20 --checkpoint_interval 2 --log_interval 1 --eval_interval 3"
 )
@@ -44,6 +47,7 @@ PPO = (
     "--ptx_data_path toy --kl_target 1 --kl_horizon 1000 --best_metric score --allow_weak_reward_model "
     "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3"
 )
+CLOCKS = ("time", "perf/", "seconds", "peak_rss")  # what begins so is never twice the same
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", choices=PROGRAMS, default="ppo")
+    parser.add_argument("--program", choices=(*PROGRAMS, E2E), default="ppo")
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--zero_stage", type=int, choices=range(4), default=0)
@@ -82,6 +86,10 @@ def toy_command(program: str, folder: Path, ranks: int, zero_stage: int, max_ste
 
     rows = f"--per_device_train_batch_size {8 // ranks} --zero_stage {zero_stage}"
     steps = f"--max_steps {max_steps}"
+    if program == E2E:
+        stages = f"--actor-zero-stage {zero_stage} --reward-zero-stage {zero_stage} --num-ranks {ranks}"
+        small = "--per_device_generation_batch_size 8 --per_device_training_batch_size 4 --allow_weak_reward_model"
+        return [str(ROOT / "e2e_rlhf.py"), *f"{COMMON} {steps} {stages} {small}".split()]
     if program == "sft":
         return words("sft", f"{SUPERVISED} {rows} {steps} --model_name_or_path toy")
     Run(words("sft", f"{SUPERVISED} --max_steps 3 --model_name_or_path toy"), folder / "sft", 1).require_success()
@@ -96,7 +104,7 @@ def toy_command(program: str, folder: Path, ranks: int, zero_stage: int, max_ste
 
 
 class Run:
-    """A program on several ranks of this machine, its output in ``<output_dir>.log``."""
+    """A program on several ranks of this machine, its output in ``<output_dir>.log``. e2e_rlhf.py starts its own."""
 
     def __init__(self, command: list[str], output_dir: Path, ranks: int):
         self.output_dir, self.log = output_dir, output_dir.with_suffix(".log")
@@ -104,6 +112,8 @@ class Run:
             port = probe.getsockname()[1]
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if command[0].endswith("e2e_rlhf.py"):
+            env, ranks = os.environ | {"OMP_NUM_THREADS": "1"}, 1
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "wb") as log:
             self.processes = [
@@ -127,10 +137,18 @@ class Run:
         return self
 
     def kill(self) -> None:
-        for process in self.processes:
-            process.send_signal(signal.SIGKILL)
+        for pid in descendants([process.pid for process in self.processes]):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of them, of all stages."""
+        return [*self.output_dir.glob("checkpoints"), *self.output_dir.glob("*/*/checkpoints")]
+
+    def is_writing(self) -> bool:
+        return any((folder / TEMPORARY).exists() for folder in self.checkpoints())
 
     def wait_until(self, is_so: Any) -> None:
         """Or until it has ended."""
@@ -139,6 +157,19 @@ class Run:
 
     def has_data(self) -> bool:
         return b"data: " in self.log.read_bytes()
+
+
+def descendants(pids: list[int]) -> list[int]:
+    """These processes and all that they have started, from the top."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            pid, rest = stat.read_text().split(" ", 1)
+            parents[int(pid)] = int(rest.rpartition(") ")[2].split()[1])
+    found = list(pids)
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
 
 
 def fuzz(command: list[str], folder: Path, kills: int, ranks: int, seed: int) -> Report:
@@ -176,10 +207,9 @@ def fuzz(command: list[str], folder: Path, kills: int, ranks: int, seed: int) ->
 def strike(attempt: Run, seconds: float, rng: random.Random, report: Report) -> None:
     """Kill a run, unless it ends before."""
     attempt.wait_until(attempt.has_data)
-    checkpoints = attempt.output_dir / "checkpoints"
     if sum(report.kills.values()) % 2:
         for _ in range(rng.randint(1, 3)):  # to get on, let some be written
-            attempt.wait_until((checkpoints / TEMPORARY).exists)
+            attempt.wait_until(attempt.is_writing)
             delay = time.monotonic() + rng.uniform(0.0, 0.03)
             attempt.wait_until(lambda delay=delay: time.monotonic() > delay)
     else:
@@ -190,12 +220,12 @@ def strike(attempt: Run, seconds: float, rng: random.Random, report: Report) -> 
     attempt.kill()
     if all(process.returncode == 0 for process in attempt.processes):
         return
-    if (checkpoints / TEMPORARY).exists():
+    if attempt.is_writing():
         what = "while a checkpoint was written"
-    elif list_checkpoints(checkpoints):
+    elif any(map(list_checkpoints, attempt.checkpoints())):
         what = "after a checkpoint"
     else:
-        what = "before the first checkpoint"
+        what = "before the first checkpoint of a stage"
     report.kills[what] += 1
 
 
@@ -205,18 +235,24 @@ def results(directory: Path) -> dict[str, Any]:
     for path in sorted(directory.rglob("*.safetensors")):
         if "checkpoints" not in path.parts:
             found[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found |= {f"metrics.jsonl:{number}": timeless(json.loads(line)) for number, line in enumerate(lines, 1)}
+    for path in sorted(directory.rglob("metrics.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        name = path.relative_to(directory)
+        found |= {f"{name}:{number}": timeless(json.loads(line)) for number, line in enumerate(lines, 1)}
     for path in sorted(directory.rglob("run.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
         found[str(path.relative_to(directory))] = timeless(metrics)
-    samples = directory / "samples.jsonl"
-    return found | ({"samples.jsonl": samples.read_text(encoding="utf-8")} if samples.exists() else {})
+    for path in sorted(directory.glob("summary.json")):
+        found["summary.json"] = timeless(json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(directory.rglob("samples.jsonl")):
+        found[str(path.relative_to(directory))] = path.read_text(encoding="utf-8")
+    return found
 
 
 def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Without what a clock says."""
-    return {name: value for name, value in metrics.items() if not name.startswith(("time", "perf/"))}
+    """Without what a clock or the memory says, inside of its dictionaries too."""
+    kept = {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)}
+    return {name: timeless(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dschat.functional import token_logprobs
 from dschat.models.attention import NAME
 from dschat.models.forward import response_logits, takes_positions
 from dschat.rlhf.rollout import Rollout, Sampling, draw, generate, row_uniforms
+from dschat.rlhf.self_check import tolerance
 
 import torch
 from torch import Tensor
@@ -202,7 +203,11 @@ def _record(model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tensor]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is constant in a trace, which a step's is
         traced: Any = torch.jit.trace(step, tuple(inputs), check_trace=False)
-    if not all(a.equal(b) for a, b in zip(traced(*inputs), step(*inputs), strict=True)):
+    (tokens, logprobs), (own_tokens, own_logprobs) = traced(*inputs), step(*inputs)
+    same = tokens == own_tokens
+    gap = (logprobs - own_logprobs)[same].abs().max().item() if same.any() else 0.0
+    # Rounding differs in rare cases, and may turn the choice of a token then.
+    if int((~same).sum()) > 1 + len(same) // 10 or not gap <= tolerance(model.dtype):
         raise RuntimeError(f"a recorded step of {type(model).__name__} gives other numbers than the model")
     return traced
 
