@@ -14,7 +14,8 @@ from dschat.rlhf.reward_sources import FullReward
 from dschat.rlhf.rewards import CombinedReward
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling, banned_token_ids
-from dschat.rlhf.slots import SLOTS, SlotDecoder
+from dschat.rlhf.rollout_engine import SLOTS
+from dschat.rlhf.slots import SlotDecoder
 
 from shapes import random_prompts, word_tokenizer
 from turns import Passes, Turns, now

@@ -4,10 +4,10 @@ import json
 import math
 
 from dschat.engine.deepspeed_engine import TrainSpec, backward, create_train_engine, grad_norm
-from dschat.engine.distributed import Runtime, init_runtime
+from dschat.engine.distributed import init_runtime
 from dschat.report.bad_steps import BadSteps
 from dschat.rlhf.ppo_trainer import train_rlhf
-from tests.ppo_parts import CPU, experience_of, sampling_for, trained_models, update_spec, weights
+from tests.ppo_parts import experience_of, sampling_for, trained_models, update_spec, weights
 from tests.programs import arguments, program, run_stages
 
 import deepspeed
@@ -19,13 +19,13 @@ from torch import nn
 
 def test_three_in_a_row_end_the_run_and_each_leaves_its_rows(tmp_path):
     said = []
-    bad = BadSteps(str(tmp_path), Runtime(0, 1, CPU), said.append)
+    bad = BadSteps(str(tmp_path), 0, said.append)
     rows = [{"row": 3}]
     assert not bad.found("step 1", {"loss": 1.0, "grad_norm": 2.0}, lambda: 1 / 0)
     assert bad.found("step 2, minibatch 0", {"loss": math.nan, "grad_norm": 2.0}, lambda: rows)
     assert bad.found("step 3", {"loss": 1.0, "grad_norm": math.inf}, lambda: rows)
     assert not bad.found("step 4", {"loss": 1.0}, lambda: rows) and bad.in_a_row == 0
-    again = BadSteps(str(tmp_path), Runtime(1, 2, CPU), said.append)
+    again = BadSteps(str(tmp_path), 1, said.append)
     again.load_state_dict(bad.state_dict())
     assert again.number == 2
     for step in (5, 6):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dschat.engine.distributed import Runtime
 from dschat.errors import UserError
 from dschat.report.metrics import write_whole
 
@@ -17,8 +16,8 @@ class BadSteps:
 
     LIMIT = 3  # in a row
 
-    def __init__(self, output_dir: str, runtime: Runtime, say: Callable[[str], None]):
-        self.output_dir, self.runtime, self.say = Path(output_dir), runtime, say
+    def __init__(self, output_dir: str, rank: int, say: Callable[[str], None]):
+        self.output_dir, self.rank, self.say = Path(output_dir), rank, say
         self.number = self.in_a_row = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -45,7 +44,7 @@ class BadSteps:
             return False
         self.number += 1
         self.in_a_row += 1
-        folder = self.output_dir if self.runtime.is_main else self.output_dir / f"rank{self.runtime.rank}"
+        folder = self.output_dir / f"rank{self.rank}" if self.rank else self.output_dir
         path = folder / "repro" / f"{name.replace(', ', '_').replace(' ', '_')}.json"
         record = {"step": name, "values": {key: str(value) for key, value in values.items()}, "rows": rows()}
         try:

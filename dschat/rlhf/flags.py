@@ -11,7 +11,7 @@ from dschat.rlhf.build import ModelsSpec
 from dschat.rlhf.experience import ESTIMATORS, FORWARD, GAE, KL_KINDS, SAMPLER, Shaping
 from dschat.rlhf.ppo_trainer import UpdateSpec
 from dschat.rlhf.rewards import parse_reward
-from dschat.rlhf.slots import ROLLOUT_ENGINES, SLOTS
+from dschat.rlhf.rollout_engine import ROLLOUT_ENGINES, SLOTS
 
 
 @dataclass(kw_only=True)

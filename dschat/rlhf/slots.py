@@ -16,92 +16,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-from dschat.functional import token_logprobs
-from dschat.models.attention import NAME
-from dschat.models.forward import response_logits, takes_positions
-from dschat.rlhf.rollout import Rollout, Sampling, draw, generate, row_uniforms
+from dschat.rlhf.rollout import Rollout, Sampling, draw
 from dschat.rlhf.self_check import tolerance
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
-
-SLOTS, HF = "slots", "hf"
-ROLLOUT_ENGINES = (SLOTS, HF)
+from transformers.cache_utils import CacheLayerMixin
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 _WIDTH = 64  # columns of the cache are read in multiples of so many
 _WIDTHS = 8  # and in so many different widths at most
 _PREFILL_TOKENS = 8192  # of prompts computed at once
 _SMALL_WEIGHTS = 2**27  # bytes up to which each core decodes by itself: they stay in the caches
-
-
-def why_not_slots(model: PreTrainedModel) -> str | None:
-    """The reason for which a model cannot be decoded in slots; None where it can."""
-    if model.config._attn_implementation != NAME:
-        return f"its attention is {model.config._attn_implementation}"
-    if not takes_positions(model):
-        return "it counts positions from the mask"
-    if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
-        return "some of its layers do not attend to all that came before"
-    return None
-
-
-def create_decoder(
-    name: str,
-    model: PreTrainedModel,
-    sampling: Sampling,
-    *,
-    eos_token_id: int,
-    pad_token_id: int,
-    limit: float,
-) -> tuple["SlotDecoder | None", str | None]:
-    """The rollout engine of that name; None is the plain loop. And a line to print where it is not the one asked for.
-
-    Either must agree with a forward of the model, which is in eval mode: a few answers to made-up prompts of different
-    lengths are sampled at temperature 1, and their log-probabilities may differ from those of the forward by ``limit``
-    nats. On several ranks all call it.
-
-    Raises:
-        RuntimeError: even the plain loop does not agree.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    left_out = {*sampling.banned_ids, eos_token_id}
-    vocabulary = [i for i in range(embeddings.num_embeddings) if i not in left_out]
-    size = min(8, sampling.max_new_tokens)
-    ids = torch.tensor(vocabulary, device=model.device)[torch.arange(24, device=model.device) * 7 % len(vocabulary)]
-    mask = torch.arange(8, device=ids.device) >= torch.tensor([[0], [5], [3]], device=ids.device)
-    few = replace(sampling, max_new_tokens=size, temperature=1.0)
-    uniforms = row_uniforms(6, size, 0)
-    ends: Any = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    prompts = ids.view(3, 8).masked_fill(~mask, pad_token_id), mask
-
-    def gap(rollout: Rollout) -> float:
-        both = torch.cat([rollout.input_ids, rollout.response_ids], 1)
-        both_mask = torch.cat([rollout.attention_mask, rollout.response_mask], 1)
-        with torch.no_grad():
-            logits = response_logits(model, model, both, both_mask, rollout.response_ids.shape[1])
-        logprobs = token_logprobs(logits, rollout.response_ids, **few.scored)
-        return (logprobs - rollout.logprobs)[rollout.response_mask].abs().max().item()
-
-    reason = why_not_slots(model) if name == SLOTS else ""
-    if reason is None:
-        decoder = SlotDecoder()
-        try:
-            found = gap(decoder.generate(model, *prompts, few, uniforms, batch_size=2, **ends))
-            if found <= limit:
-                return decoder, None
-            reason = f"it is {found:.1e} nats away from a forward of the model"
-        except Exception as error:  # whatever a family's code does with our cache, the plain loop can do
-            reason = " ".join(str(error).split())[:200]
-    found = gap(generate(model, *prompts, few, uniforms, **ends))
-    if not found <= limit:
-        raise RuntimeError(f"sampled log-probabilities are {found:.1e} nats away from a forward of the model")
-    return None, f"rollout engine hf in place of slots: {reason}" if name == SLOTS else None
 
 
 class SlotDecoder:
@@ -144,6 +73,8 @@ class SlotDecoder:
                     list(pool.map(job.run, shares, [slots] * num_workers))  # which raises what a worker raised
             finally:
                 torch.set_num_threads(num_threads)
+        if not input_ids.is_cpu:
+            self._steps.clear()  # plain steps hold the model, which at ZeRO 3 is a copy for this rollout
         lengths = job.lengths[:-1]
         longest = int(lengths.max())
         response_mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
@@ -208,7 +139,8 @@ def _record(model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tensor]
     gap = (logprobs - own_logprobs)[same].abs().max().item() if same.any() else 0.0
     # Rounding differs in rare cases, and may turn the choice of a token then.
     if int((~same).sum()) > 1 + len(same) // 10 or not gap <= tolerance(model.dtype):
-        raise RuntimeError(f"a recorded step of {type(model).__name__} gives other numbers than the model")
+        kind = type(model).__name__
+        raise RuntimeError(f"a recorded step of {kind} gives other numbers than the model; use --rollout_engine hf")
     return traced
 
 

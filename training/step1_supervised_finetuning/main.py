@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics.log(step, values)
         console.print(f"step {step}: perplexity {values['eval/perplexity']:.2f} on held-out answers")
 
-    bad_steps = BadSteps(config.output_dir, runtime, console.print)
+    bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
         evaluate_and_log(0)

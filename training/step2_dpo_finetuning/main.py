@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             f"margin {values['eval/margin']:.3f}"
         )
 
-    bad_steps = BadSteps(config.output_dir, runtime, console.print)
+    bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
         evaluate_and_log(0)

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return scores
 
-    bad_steps = BadSteps(config.output_dir, runtime, console.print)
+    bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
         evaluate_and_log(0)

@@ -40,6 +40,7 @@ from dschat.rlhf.kl_coefficient import KLCoefficient
 from dschat.rlhf.ppo_trainer import Stats, mean_of, train_rlhf
 from dschat.rlhf.rewards import reward_metrics
 from dschat.rlhf.rollout import Sampling, banned_token_ids
+from dschat.rlhf.rollout_engine import create_decoder
 from dschat.rlhf.self_check import (
     check_critic_padding,
     check_experience,
@@ -47,7 +48,6 @@ from dschat.rlhf.self_check import (
     check_reward_padding,
     tolerance,
 )
-from dschat.rlhf.slots import create_decoder
 from dschat.rlhf.update_state import CurrentUpdate, Update
 
 
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = MetricsWriter(config.output_dir, "ppo", runtime.is_main)
     samples_file = SampleWriter(config.output_dir, console, metrics)
     bad_scores = BadScores(config.output_dir, runtime)
-    bad_steps = BadSteps(config.output_dir, runtime, console.print)
+    bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     best = BestSoFar(config.best_metric, config.early_stopping_patience)
     kl_coef = KLCoefficient(config.kl_coef, config.kl_target, config.kl_horizon)
     current = CurrentUpdate(runtime.device)
