@@ -85,6 +85,15 @@ def test_one_query_sees_the_cache_that_the_mask_shows():
     assert far(attention(LAYER, query, key, value, None)[0], everything) < 0.01
 
 
+@pytest.mark.parametrize(("layer", "given"), [(True, False), (False, None), (False, True)])
+def test_without_a_mask_the_layer_says_whether_it_is_causal_and_the_call_outweighs_it(layer, given):
+    query, key, value = inputs(2, 2, 9, 8)
+    result, _ = attention(SimpleNamespace(is_causal=layer), query, key, value, None, is_causal=given)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() if given else None
+    expected, _ = exact(query, key, value, mask, 8**-0.5)
+    assert far(result, expected) < 0.01
+
+
 def test_what_attends_to_nothing_is_finite():
     query, key, value = inputs(2, 2, 200, 8)
     result, _ = attention(LAYER, query, key, value, torch.zeros(2, 1, 200, 200, dtype=torch.bool))

@@ -47,7 +47,8 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is None and query.shape[2] > 1 and (is_causal or getattr(module, "is_causal", True)):
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and query.shape[2] > 1 and causal:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attention.apply(query, key, value, attention_mask, scaling), None
