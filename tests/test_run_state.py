@@ -10,12 +10,13 @@ from dschat.data.loader import PromptStream
 from dschat.engine.checkpoint import list_checkpoints
 from dschat.engine.distributed import Runtime, init_runtime
 from dschat.engine.random_state import random_state, set_random_state
-from dschat.engine.run_identity import RunIdentity
+from dschat.engine.run_identity import RunIdentity, content_key
 from dschat.engine.run_state import CheckpointSpec, RunState
 from dschat.errors import Stopped
 from dschat.report.metrics import MetricsWriter
 from dschat.report.progress import Console
 from dschat.report.samples import SampleWriter
+from dschat.report.stage_record import DONE, STARTED
 from dschat.rlhf.collect import BadScores
 from dschat.rlhf.evaluate import BestSoFar
 from dschat.rlhf.experience import Experience
@@ -186,3 +187,14 @@ def test_the_seconds_of_all_parts_of_a_run_count(tmp_path, monkeypatch):
     state._start -= 1000
     work(state, part, 2)
     assert 1000 <= run_state(tmp_path, [], part).seconds < 1100
+
+
+def test_a_model_is_told_by_what_it_is_and_not_by_the_records_of_its_making(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    key = content_key(str(tmp_path))
+    for name in ("run.json", DONE, STARTED, "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert content_key(str(tmp_path)) == key
+    (tmp_path / "config.json").write_text("{ }")
+    assert content_key(str(tmp_path)) != key

@@ -9,7 +9,7 @@ from dschat.engine.checkpoint import file_sum
 
 # What models, adapters, tokenizers, templates and functions consist of; not the records of their making.
 CONTENT = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
-RECORDS = ("run.json",)
+RECORDS = ("run.json", "stage.json", "started.json")  # the latter two are those of e2e_rlhf.py
 
 
 @dataclass(frozen=True)
