@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,7 @@ def test_through_a_pipe_answers_alone_are_on_stdout(fox_directory, tmp_path):
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(fox_directory):
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell inherits that it is ignored
         os.execv(sys.executable, [sys.executable, str(PROGRAM), f"--path={fox_directory}", "--max_new_tokens=99999"])
     seen = ""
     for awaited, keys in [("you> ", b"Hi\n"), ("fox fox", b"\x03"), ("stopped", b""), ("you> ", b"\x04")]:
