@@ -80,7 +80,7 @@ def write_checkpoint(
         temporary.mkdir(parents=True)
         free = shutil.disk_usage(folder).free
         if free < num_bytes:
-            raise OSError(f"it needs up to {_gb(num_bytes)} in {folder}, of which {_gb(free)} are free")
+            raise OSError(f"it needs up to {_size(num_bytes)} in {folder}, of which {_size(free)} are free")
 
     def publish() -> None:
         text = "".join(sorted(line for part in parts for line in part))
@@ -156,5 +156,5 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
