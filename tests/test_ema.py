@@ -1,16 +1,12 @@
 """The average of trained weights against a float64 loop, through real engines at ZeRO 0 to 3, one rank and two."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 
 from dschat.engine.deepspeed_engine import TrainSpec, backward, create_train_engine, is_sharded, save_weights, unwrap
 from dschat.engine.distributed import init_runtime
 from dschat.engine.ema import EMA
 from dschat.errors import run_program
-from tests.conftest import ROOT
+from tests.ranks import launch
 
 import deepspeed
 import pytest
@@ -213,23 +209,8 @@ def test_tied_weights_are_averaged_once(runtime):
 
 def test_two_ranks_at_stage_3_average_their_shards():
     """This file as a program, once per rank; see `main`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        env = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "tests.test_ema"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, **pipes))
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0 and "averaged on rank" in output, output[-4000:]
+    outputs = launch("tests.test_ema", 2, seconds=120)
+    assert all("averaged on rank" in output for output in outputs)
 
 
 def main() -> None:

@@ -1,54 +1,26 @@
 """The run state on two ranks at every ZeRO stage, and on another number of ranks than the one that wrote it."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
-from tests.conftest import ROOT
+from tests.ranks import launch
 
 import pytest
 
-
-def launch(world_size: int, *argv: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.resume_driver", *argv]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+DRIVER = "tests.resume_driver"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Results by number of ranks and case."""
     root = tmp_path_factory.mktemp("ranks")
-    launch(2, str(root), ",".join(f"write:{stage}" for stage in range(4)))
+    launch(DRIVER, 2, str(root), ",".join(f"write:{stage}" for stage in range(4)))
     for stage in range(4):  # the checkpoint of step 3 is the one to go on from
         shutil.rmtree(root / f"zero{stage}" / "checkpoints" / "step_00000006")
         shutil.copytree(root / f"zero{stage}", root / "one" / f"zero{stage}")
-    launch(2, str(root), ",".join(["read:0:0", "read:1:1", "read:2:2", "read:3:3", "fail"]))
+    launch(DRIVER, 2, str(root), ",".join(["read:0:0", "read:1:1", "read:2:2", "read:3:3", "fail"]))
     cases = ["read:0:0", "read:1:2", "read:3:3", "read:2:3", "read:2:1"]
-    launch(1, str(root / "one"), ",".join(cases))
+    launch(DRIVER, 1, str(root / "one"), ",".join(cases))
     files = {2: [root / "ranks2-write-0.json", root / "ranks2-read-0-0.json"]}
     files[1] = [root / "one" / "ranks1-read-0-0.json"]
     return {ranks: {k: v for path in paths for k, v in json.loads(path.read_text()).items()}

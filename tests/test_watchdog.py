@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,16 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.ranks import free_port
 
 import pytest
 
 TIMEOUT = 5.0
 HEADROOM = 40.0  # to start and to end, on a busy machine
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def is_running(pid: int) -> bool:

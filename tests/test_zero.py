@@ -1,40 +1,14 @@
 """The number of ranks and the ZeRO stage do not change a run: steps 1, 2 and 3 agree with ZeRO 0 on one rank."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
 from tests.programs import run
+from tests.ranks import launch
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-
-def launch(world_size: int, argv: list[str]) -> None:
-    """The driver on ``world_size`` ranks, a fresh port each time; fails with the output of a failing rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.zero_driver", *argv]
-        processes.append(
-            subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +18,7 @@ def runs(model_dirs, data_file, cache_dir, tmp_path_factory):
     reward = run("reward", data_file, cache_dir, root / "base-reward", model_name_or_path=base)
     results = {}
     for world_size in (1, 2):
-        launch(world_size, [base, reward, data_file, cache_dir, str(root), "0,1,2,3"])
+        launch("tests.zero_driver", world_size, base, reward, data_file, cache_dir, str(root), "0,1,2,3")
         found = json.loads((root / f"ranks{world_size}.json").read_text())
         results |= {(int(stage), world_size): stages for stage, stages in found.items()}
     return root, results
