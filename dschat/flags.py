@@ -1,6 +1,7 @@
 """The flags that several programs share, under DeepSpeed-Chat's names where it has them."""
 
 import os
+from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclass(kw_only=True)
-class RunFlags:
+class RunFlags(metaclass=ABCMeta):
     output_dir: str = flag(help="where the model and the records of the run go")
     seed: int = flag(1234, "of weights, data order and sampling; the same seed gives the same weights on a CPU")
     dtype: str = flag("auto", "of weights and activations; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
@@ -47,7 +48,6 @@ class RunFlags:
     stall_timeout: float = flag(
         1800.0, "several ranks: one that gives no sign or makes no step for so many seconds ends the job; 0: never"
     )
-
     checkpoint_interval: int = flag(
         500, "save the whole run every so many steps (step 3: rollouts); 0: only when a signal stops it"
     )
@@ -69,13 +69,13 @@ class RunFlags:
     def checkpoint_spec(self) -> CheckpointSpec:
         return CheckpointSpec(self.checkpoint_interval, self.keep_checkpoints, self.resume, self.fresh)
 
+    @abstractmethod
     def inputs(self) -> dict[str, str]:
         """By flag, the files and model directories that the run starts from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step_sizes(self, num_ranks: int) -> dict[str, int]:
         """What the flags in ROUNDING and the number of ranks come to together."""
-        raise NotImplementedError
 
     def identity(self, data: dict[str, Any], dtype: torch.dtype, num_ranks: int) -> RunIdentity:
         """What this run is, to tell whether a checkpoint or a finished model is of the same one.

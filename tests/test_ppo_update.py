@@ -179,6 +179,31 @@ def test_micro_batches_by_tokens_are_the_rows_of_a_rank_with_equally_many_on_eac
     assert of_ranks[1][2].response_mask.sum() == 2 and experience.action_mask[0].any()
 
 
+def test_a_part_that_only_fills_up_changes_no_update(tokenizer, runtime, monkeypatch):
+    """A rank with fewer parts than another makes such passes; every term of the loss is there, and the limits."""
+    results, plain = [], ppo_trainer.micro_batches
+
+    def filled(minibatch, *rest):
+        yield from plain(minibatch, *rest)
+        filler = minibatch.rows([0])
+        filler.action_mask = filler.action_mask & False
+        yield filler
+
+    for parts in (plain, filled):
+        monkeypatch.setattr(ppo_trainer, "micro_batches", parts)
+        engine = trained_models(tokenizer, runtime)
+        sampling = sampling_for(engine, tokenizer)
+        experience = off_policy(experience_of(engine, tokenizer, sampling))
+        limits = {"kl_loss": "k3", "entropy_coef": 0.1, "dual_clip": 3.0, "max_approx_kl": 1e3, "max_ratio": 1e3}
+        spec = update_spec(4, epochs=2, **limits)
+        updates = train_rlhf(engine, experience, sampling, spec, 0, runtime, kl_coef=0.1)
+        results.append((updates, weights(engine.actor, engine.critic)))
+    assert len(results[0][0]) == 2
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-7)
+    assert all((a - b).abs().max() < 1e-7 for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
 def test_micro_batches_by_tokens_make_the_same_update(tokenizer, runtime):
     results = []
     for limit in (0, 1, 30):

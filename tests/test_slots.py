@@ -167,7 +167,7 @@ def test_a_prompt_is_computed_once_for_all_its_answers(llama, tokenizer, one_thr
     )
     decoder.generate(*given, batch_size=2, **ends(tokenizer))
     hook.remove()
-    assert shapes == [(1, 1), (2, 4)]  # the first only asks for the shape of the cache
+    assert shapes == [(2, 4)]
 
 
 # --- what cannot be decoded so

@@ -25,12 +25,8 @@ class Demonstrations:
         seed: int,
         runtime: Runtime,
     ):
-        self.rows, self.micro_batch_size, self.pad_token_id, self.runtime = (
-            rows,
-            micro_batch_size,
-            pad_token_id,
-            runtime,
-        )
+        self.rows, self.micro_batch_size = rows, micro_batch_size
+        self.pad_token_id, self.runtime = pad_token_id, runtime
         self.stream = PromptStream(len(rows), minibatch_size, seed)
 
     def __iter__(self) -> Iterator[list[Batch]]:

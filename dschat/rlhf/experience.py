@@ -90,10 +90,15 @@ def take_rows(batch: Rows, index: torch.Tensor | slice | list[int]) -> Rows:
     return type(batch)(**picked)
 
 
-def parts_of(batch: Rollout | Experience, rows: Iterable[int], max_rows: int, max_tokens: int) -> list[list[int]]:
-    """``rows``, those of similar length together, in parts of at most ``max_rows`` rows and ``max_tokens`` tokens with
-    the padding that `take_rows` leaves; 0: no limit of tokens. A row that is larger by itself stands alone."""
-    sizes = torch.stack([batch.attention_mask.sum(1), batch.response_mask.sum(1)], 1).tolist()
+def sizes_of(batch: Rollout | Experience) -> list[list[int]]:
+    """[tokens of the prompt, of the response] of each row."""
+    return torch.stack([batch.attention_mask.sum(1), batch.response_mask.sum(1)], 1).tolist()
+
+
+def parts_of(sizes: list[list[int]], rows: Iterable[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """``rows`` of a batch of these `sizes_of`, those of similar length together, in parts of at most ``max_rows`` rows
+    and ``max_tokens`` tokens with the padding that `take_rows` leaves; 0: no limit of tokens. A row that is larger by
+    itself stands alone."""
     parts: list[list[int]] = []
     for row in sorted(rows, key=lambda row: sum(sizes[row])):
         grown = [*parts[-1], row] if parts else [row]
@@ -156,8 +161,8 @@ def score_rollout(
     columns = ("sampler_logprobs", "logprobs", "ref_logprobs", "entropy", "kl", "values")
     scored = {name: torch.zeros(size, device=scores.device) for name in columns}
     scored["final_values"] = torch.zeros(size[0], device=scores.device)
-    parts = parts_of(rollout, range(size[0]), micro_batch_size, max_tokens)
-    if runtime is not None:
+    parts = parts_of(sizes_of(rollout), range(size[0]), micro_batch_size, max_tokens)
+    if max_tokens and runtime is not None:
         parts += parts[:1] * (int(all_reduce_max(len(parts), runtime)) - len(parts))
     for rows in parts:
         part = take_rows(rollout, rows)
@@ -197,10 +202,9 @@ def repro_responses(batch: Experience, tokenizer: PreTrainedTokenizerBase) -> li
     """Prompts and responses and what was found of them, for a file that lets them be looked at. Numbers are text
     there, for JSON has no nan."""
     prompts = tokens_of(batch.input_ids, batch.attention_mask)
+    responses = tokens_of(batch.response_ids, batch.response_mask)
     rows = []
-    for row, (prompt, response) in enumerate(
-        zip(prompts, tokens_of(batch.response_ids, batch.response_mask), strict=True)
-    ):
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         names = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
         found = {name: getattr(batch, name)[row] for name in names if len(getattr(batch, name))}
         columns = {name: [str(x) for x in value[: len(response)].tolist()] for name, value in found.items()}

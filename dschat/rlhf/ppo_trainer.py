@@ -18,7 +18,7 @@ from dschat.functional import (
     token_mean,
 )
 from dschat.models.forward import model_inputs
-from dschat.rlhf.experience import Experience, parts_of, policy_logits, response_values
+from dschat.rlhf.experience import Experience, parts_of, policy_logits, response_values, sizes_of
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling
 
@@ -235,13 +235,14 @@ def add_critic_gradient(engine: RLHFEngine, minibatch: Experience, spec: UpdateS
 def micro_batches(minibatch: Experience, spec: UpdateSpec, runtime: Runtime) -> Iterator[Experience]:
     """This rank's rows of a minibatch, every world_size-th, in parts of similar length. A rank with fewer parts than
     another ends with parts that have no action, so that all make equally many passes."""
-    everyone = [range(rank, len(minibatch), runtime.world_size) for rank in range(runtime.world_size)]
-    parts = [parts_of(minibatch, rows, spec.micro_batch_size, spec.max_tokens) for rows in everyone]
+    sizes, num_ranks = sizes_of(minibatch), runtime.world_size
+    everyone = [range(rank, len(minibatch), num_ranks) for rank in range(num_ranks)]
+    parts = [parts_of(sizes, rows, spec.micro_batch_size, spec.max_tokens) for rows in everyone]
     for part in parts[runtime.rank]:
         yield minibatch.rows(part)
-    filler = minibatch.rows([0])
-    filler.action_mask = filler.action_mask & False
     for _ in range(max(map(len, parts)) - len(parts[runtime.rank])):
+        filler = minibatch.rows([0])
+        filler.action_mask = filler.action_mask & False
         yield filler
 
 

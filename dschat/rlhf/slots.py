@@ -38,6 +38,7 @@ class SlotDecoder:
 
     def __init__(self) -> None:
         self._steps: dict[Any, Step] = {}
+        self._layout: list[tuple[int, int, torch.dtype]] = []  # heads, their size, dtype: keys and values by layer
         self._lock = threading.Lock()
 
     @torch.no_grad()
@@ -87,6 +88,15 @@ class SlotDecoder:
             job.logprobs[:-1, :longest] * response_mask,
             response_ids.gather(1, lengths[:, None] - 1).squeeze(1) == eos_token_id,
         )
+
+    def new_storage(self, model: PreTrainedModel, num_slots: int, width: int) -> list[Tensor]:
+        """Keys and values (S, H, width, D) of each layer of ``model``, which is asked for their shapes once."""
+        with self._lock:
+            if not self._layout:
+                found = prefill(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+                self._layout = [(x.shape[1], x.shape[3], x.dtype) for x in found]
+        shapes = [((num_slots, heads, width, size), dtype) for heads, size, dtype in self._layout]
+        return [torch.zeros(shape, dtype=dtype, device=model.device) for shape, dtype in shapes]
 
     def step(self, model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tensor]) -> Step:
         """The recorded step for inputs of this shape. ``inputs``: tokens, positions, uniforms (S,); of each layer keys
@@ -142,6 +152,15 @@ def _record(model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tensor]
         kind = type(model).__name__
         raise RuntimeError(f"a recorded step of {kind} gives other numbers than the model; use --rollout_engine hf")
     return traced
+
+
+def prefill(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """(N, P) right-padded -> keys and values (N, H, P, D) of each layer. What padding adds is never attended to: an
+    answer's own tokens replace it before they reach it."""
+    cache: Any = DynamicCache(config=model.config)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
 
 
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
@@ -252,8 +271,7 @@ class _Slots:
         longest = max(map(len, job.prompts)) + job.sampling.max_new_tokens
         self.unit = max(_WIDTH, -(-longest // (_WIDTHS * _WIDTH)) * _WIDTH)
         width = -(-longest // self.unit) * self.unit
-        first = self._prefill(torch.zeros(1, 1, dtype=torch.long, device=device))
-        self.storage = [x.new_zeros(num_slots, x.shape[1], width, x.shape[3]) for x in first]
+        self.storage = job.decoder.new_storage(job.model, num_slots, width)
         self.rows = torch.full((num_slots,), nobody, device=device)
         self.tokens, self.positions, self.steps = (torch.zeros_like(self.rows) for _ in range(3))
 
@@ -280,7 +298,7 @@ class _Slots:
                 continue
             here = [k for k, n in enumerate(of_prompt) if n in some]
             chosen = torch.tensor([some[of_prompt[k]] for k in here], device=places.device)
-            for stored, computed in zip(self.storage, self._prefill(ids), strict=True):
+            for stored, computed in zip(self.storage, prefill(job.model, ids), strict=True):
                 stored[places[here], :, : ids.shape[1]] = computed[chosen]
 
     def shrink(self, num_running: int) -> None:
@@ -296,11 +314,3 @@ class _Slots:
         width = int(self.positions.max()) + 1
         for x in self.storage:
             x[:size, :, :width] = x[order, :, :width]
-
-    def _prefill(self, ids: Tensor) -> list[Tensor]:
-        """(N, P) right-padded -> keys and values (N, H, P, D) of each layer. What padding adds is never attended to:
-        an answer's own tokens replace it before they reach it."""
-        cache: Any = DynamicCache(config=self.job.model.config)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        self.job.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return [x for layer in cache.layers for x in (layer.keys, layer.values)]
