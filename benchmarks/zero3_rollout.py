@@ -1,6 +1,6 @@
 """A rollout of an actor whose weights are sharded (ZeRO 3) beside one whose weights each rank has (ZeRO 0).
 
-    torchrun --nproc_per_node 2 benchmarks/zero3_rollout.py                 4 layers x 256, 16 x (64 + 64) tokens a rank
+    torchrun --nproc_per_node 2 benchmarks/zero3_rollout.py           4 layers x 256, 16 x (64 + 64) tokens a rank
     torchrun --nproc_per_node 2 benchmarks/zero3_rollout.py --size 125m --batch 8
 
 Both sides answer in turns, in the same processes, through `dschat.rlhf.collect.roll_out`, as step 3 does. At ZeRO 3 a
