@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from dschat import remote_code
+from dschat.engine.sharded_loading import whole_loading, whole_weights
 from dschat.errors import UserError
 from dschat.models.attention import use_fast_attention
 from dschat.models.scorer import Scorer, check_probes, load_score_stats
@@ -62,7 +63,8 @@ def load_causal_lm(
     """
     model: PreTrainedModel
     if path == "toy":
-        model = AutoModelForCausalLM.from_config(toy_config(tokenizer), dtype=dtype)
+        with whole_loading():
+            model = AutoModelForCausalLM.from_config(toy_config(tokenizer), dtype=dtype)
     else:
         config = load_config(path)
         if model_role(path, config) != POLICY:
@@ -71,7 +73,8 @@ def load_causal_lm(
             _require_whole(path, quantization)
             from dschat.models.lora import merge_adapter  # PEFT takes a second to import
 
-            return _fit(merge_adapter(load_causal_lm(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
+            with whole_loading():
+                return _fit(merge_adapter(load_causal_lm(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
         model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype, **_quantized(quantization, dtype))
         _require_exact(path, info["missing_keys"], info["unexpected_keys"])
     return _fit(model, tokenizer, dropout)
@@ -93,13 +96,15 @@ def load_scorer(
     if path == "toy":
         config: PretrainedConfig = toy_config(tokenizer)
         config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        with whole_loading():
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         missing, unexpected = ["score.weight"], []
     elif base := adapter_base(path):
         _require_whole(path, quantization)
         from dschat.models.lora import merge_adapter  # PEFT takes a second to import
 
-        return _fit(merge_adapter(load_scorer(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
+        with whole_loading():
+            return _fit(merge_adapter(load_scorer(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
     else:
         model, info = _from_pretrained(
             AutoModelForSequenceClassification,
@@ -115,9 +120,10 @@ def load_scorer(
     _require_exact(path, [name for name in missing if not name.startswith("score.")], unexpected)
     if missing:
         head = model.score
-        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+        with whole_weights(head.parameters(), changed=True):
+            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
     return _fit(model, tokenizer, dropout)
 
 
@@ -376,4 +382,5 @@ def _grow_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
     model.resize_token_embeddings(num_tokens, pad_to_multiple_of=8, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for parameter in module.parameters() if module is not None else ():
-            parameter[num_old:] = parameter[:num_old].mean(0, keepdim=True)
+            with whole_weights([parameter], changed=True):
+                parameter[num_old:] = parameter[:num_old].mean(0, keepdim=True)

@@ -20,6 +20,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     if config.lora_dim:
         from dschat.models import lora  # PEFT takes a second to import

@@ -23,6 +23,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
     if config.lora_dim:
