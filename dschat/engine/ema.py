@@ -68,7 +68,7 @@ class EMA:
         ):
             values = torch.cat([part.view(-1) for part in saved])
             if values.numel() != shadow.numel():
-                numel = parameter.ds_numel if self._sharded else shadow.numel()  # type: ignore[attr-defined]
+                numel = parameter.ds_numel if self._sharded else shadow.numel()
                 values = values[:numel]  # the last shard may end in padding
                 if self._sharded:
                     shard = values[shadow.numel() * deepspeed.comm.get_rank() :][: shadow.numel()]

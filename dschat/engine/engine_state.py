@@ -59,8 +59,8 @@ def load_engine(
 ) -> None:
     """Put the state of `save_engine` into a fresh engine of the same model. A collective.
 
-    With as many ranks and the same ZeRO stage the engine is bit for bit what it was; with others it goes on equal up to
-    rounding, through a universal checkpoint in ``scratch``.
+    With as many ranks and the same ZeRO stage the engine is bit for bit what it was; with others it goes on equal up
+    to rounding, through a universal checkpoint in ``scratch``.
     """
     stage = engine.zero_optimization_stage()
     if stage == saved_stage and (stage == 0 or saved_ranks == runtime.world_size):

@@ -20,6 +20,7 @@ from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import learning_rate, save_weights, whole_model
 from dschat.engine.distributed import init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = partial(repro_responses, minibatch, tokenizer)
         return bad_steps.found(f"step {step}, minibatch {position}", stats, rows)
 
+    memory = MicroBatches(runtime)
     engines = {"actor": engine.actor} | ({"critic": engine.critic} if engine.critic is not None else {})
     parts = {"metrics": metrics, "samples": samples_file, "bad_scores": bad_scores, "bad_steps": bad_steps}
     parts |= {"best": best, "kl_coef": kl_coef}
@@ -224,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress=current.update.progress,
                 after_step=run.stop_if_asked,
                 is_bad=partial(is_bad, step),
+                memory=memory,
             )
             bar.update()
             if config.self_check and updates:
