@@ -11,10 +11,15 @@ from dschat.engine.deepspeed_engine import TrainSpec
 from dschat.engine.run_identity import RunIdentity, content_key
 from dschat.engine.run_state import CheckpointSpec
 from dschat.errors import UserError
+from dschat.flag_checks import check_lora, check_offload, check_quantized
 
 import torch
 
 TRUST_HELP = "run the Python code that a model or tokenizer brings along, with your rights"
+
+OFFLOAD_HELP = "optimizer states (at ZeRO 3 weights too) in the CPU's memory; needs ZeRO 1 or more"
+ONLY_LORA_HELP = "False also trains what is under no adapter: embeddings, norms, biases; needs lora_save_merged"
+MERGED_HELP = "save whole models, W + B A alpha / dim, in place of adapters"
 
 # Flags that change nothing of what a run computes. The data are told by what is in them, not by where they are.
 WITHOUT_EFFECT = {
@@ -28,7 +33,7 @@ ROUNDING = {
     *("per_device_generation_batch_size", "per_device_training_batch_size", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing"),
     *("zero_stage", "actor_zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
-    "rollout_engine",
+    *("rollout_engine", "offload", "offload_reference_model", "offload_reward_model"),
 }
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -147,7 +152,16 @@ class SupervisedFlags(RunFlags, DataFlags):
     zero_stage: int = flag(
         0, "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 gradients, 3 weights are sharded", choices=ZERO_STAGES
     )
+    offload: bool = flag(False, OFFLOAD_HELP)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    lora_dim: int = flag(0, "train adapters of this rank (LoRA) and the head, if any; 0: the whole model")
+    lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
+    lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
+    lora_learning_rate: float = flag(5e-4, "of the adapters, peak; the head's is learning_rate")
+    only_optimize_lora: bool = flag(True, ONLY_LORA_HELP)
+    lora_save_merged: bool = flag(False, MERGED_HELP)
+    load_in_4bit: bool = flag(False, "the frozen weights under the adapters in 4 bits (NF4; QLoRA), on a GPU")
+    load_in_8bit: bool = flag(False, "the same in 8 bits")
     dropout: float | None = flag(None, "every dropout of the model; default: as its config says")
 
     def __post_init__(self) -> None:
@@ -164,6 +178,11 @@ class SupervisedFlags(RunFlags, DataFlags):
         require_not_negative(self, "weight_decay", "num_warmup_steps", "max_tokens_per_batch")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout}: expected a probability of at least 0 and below 1")
+        check_lora(self, "")
+        check_offload("--offload", self.offload, "--zero_stage", self.zero_stage)
+        check_quantized(self, "zero_stage")
+        if self.lora_dim and self.model_name_or_path == "toy":
+            raise UserError("--lora_dim needs a trained trunk, which toy is not; give the directory of step 1")
 
     def inputs(self) -> dict[str, str]:
         return {"model_name_or_path": self.model_name_or_path}
@@ -171,6 +190,14 @@ class SupervisedFlags(RunFlags, DataFlags):
     def step_sizes(self, num_ranks: int) -> dict[str, int]:
         per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return {"rows of an optimizer step, of all ranks,": per_rank * num_ranks}
+
+    @property
+    def quantization(self) -> str | None:
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+
+    def lora_shape(self) -> tuple[int, int | None, str, bool]:
+        """What `dschat.models.lora.LoraSpec` is made of."""
+        return self.lora_dim, self.lora_alpha, self.lora_module_name, self.only_optimize_lora
 
     def train_spec(self, num_steps: int) -> TrainSpec:
         return TrainSpec(
@@ -182,6 +209,8 @@ class SupervisedFlags(RunFlags, DataFlags):
             max_grad_norm=self.max_grad_norm,
             zero_stage=self.zero_stage,
             gradient_checkpointing=self.gradient_checkpointing,
+            lora_learning_rate=self.lora_learning_rate,
+            offload=self.offload,
         )
 
 
@@ -254,8 +283,6 @@ REMOVED = {
     "actor_dropout": "dropout is off in step 3, where it would make every log-probability random; drop the flag",
     "critic_dropout": "dropout is off in step 3, where it would make every value random; drop the flag",
     "preprocessing_num_workers": "use --num_workers",
-    "lora_learning_rate": "with --lora_dim only adapters and head are trained; use --learning_rate",
-    "only_optimize_lora": "--lora_dim trains adapters and head only; drop the flag",
     "unsupervised_dataset_name": "use --ptx_data_path, in any of the shapes of --data_path",
     "unsupervised_dataset_config_name": "use --ptx_data_path, in any of the shapes of --data_path",
     "reload": "the cache is keyed by content and is never stale; drop the flag",

@@ -25,7 +25,7 @@ from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
 from dschat.models.forward import model_inputs
-from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    saves_adapter = config.lora_dim > 0 and not config.lora_save_merged
+    refuse_other_kind(config.output_dir, saves_adapter)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
 
     # Data
@@ -85,8 +87,14 @@ def main(argv: list[str] | None = None) -> None:
         console.print(show_batch(tokenizer, batch["input_ids"], batch["attention_mask"], batch["loss_mask"]))
 
     # Model
-    model = load_causal_lm(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
+    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
+    if config.lora_dim:
+        from dschat.models import lora  # PEFT takes a second to import
+
+        lora.add_lora(model, lora.LoraSpec(*config.lora_shape()))
+        console.print(lora.trained_table(model))
     engine = create_train_engine(model, config.train_spec(len(train_batches)), dtype=dtype, runtime=runtime)
 
     # Train
@@ -121,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_and_log(step)
 
     # Save
-    save_weights(engine, lambda whole: save_model(whole, tokenizer, config.output_dir), runtime)
+    base = config.model_name_or_path if saves_adapter else None
+    save_weights(engine, lambda whole: save_model(whole, tokenizer, config.output_dir, base), runtime)
     if runtime.is_main:
         write_run_json(
             config.output_dir,

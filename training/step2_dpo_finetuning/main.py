@@ -23,7 +23,7 @@ from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, SupervisedFlags
-from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    saves_adapter = config.lora_dim > 0 and not config.lora_save_merged
+    refuse_other_kind(config.output_dir, saves_adapter)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
     objective = config.objective()
     kind, noun = ("preference", "pairs") if objective.is_paired else ("feedback", "answers")
@@ -122,10 +124,16 @@ def main(argv: list[str] | None = None) -> None:
         paths = (config.reference_model_name_or_path, config.model_name_or_path)
         placed = {"dtype": dtype, "zero_stage": config.zero_stage, "runtime": runtime}
         with_frozen_model(*paths, tokenizer, config.max_seq_len, ask_reference, **placed)
-    model = load_causal_lm(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
+    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     is_own_reference = objective.has_reference and not config.reference_model_name_or_path
     weights = weights_hash(model) if is_own_reference and runtime.is_main else ""  # now: ZeRO may shard them
+    if config.lora_dim:
+        from dschat.models import lora  # PEFT takes a second to import
+
+        lora.add_lora(model, lora.LoraSpec(*config.lora_shape()))
+        console.print(lora.trained_table(model))
     engine = create_train_engine(model, config.train_spec(len(train_batches)), dtype=dtype, runtime=runtime)
     if is_own_reference:
         ask_reference(engine, model, weights)
@@ -168,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_and_log(step)
 
     # Save
-    save_weights(engine, lambda whole: save_model(whole, tokenizer, config.output_dir), runtime)
+    base = config.model_name_or_path if saves_adapter else None
+    save_weights(engine, lambda whole: save_model(whole, tokenizer, config.output_dir, base), runtime)
     if runtime.is_main:
         write_run_json(
             config.output_dir,

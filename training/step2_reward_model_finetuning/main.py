@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
+from dschat.config import flag, parse_config, require_not_negative, to_dict
 from dschat.data.loader import Batch, collate_rankings, num_rows, take_rows
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import repro_rows, show_batch
@@ -27,7 +27,7 @@ from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
-from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
+from dschat.models.load import REWARD, check_context, load_scorer, refuse_other_kind, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
 from dschat.report.bad_steps import BadSteps
@@ -53,24 +53,15 @@ import torch
 class Config(SupervisedFlags, CurveFlags):
     label_smoothing: float = flag(0.0, "probability that a preference label is wrong, as the loss takes it")
     center_rewards_coefficient: float = flag(0.0, "of (better + worse)^2 in the loss, which keeps scores around 0")
-    lora_dim: int = flag(0, "train adapters of this rank and the head, on a frozen trunk; 0: the whole model")
-    lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
-    lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
 
     def __post_init__(self) -> None:
         SupervisedFlags.__post_init__(self)
         CurveFlags.__post_init__(self)
-        require_not_negative(self, "lora_dim", "center_rewards_coefficient")
+        require_not_negative(self, "center_rewards_coefficient")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing}: expected at least 0 and below 0.5")
         if self.judge and self.model_name_or_path == "toy":
             raise UserError("--judge needs answers of a trained model, which toy is not; give the directory of step 1")
-        if self.lora_alpha is not None:
-            require_positive(self, "lora_alpha")
-        if not self.lora_dim and (self.lora_alpha is not None or self.lora_module_name != "auto"):
-            raise UserError("--lora_alpha and --lora_module_name need --lora_dim above 0")
-        if self.lora_dim and self.model_name_or_path == "toy":
-            raise UserError("--lora_dim needs a trained trunk, which toy is not; give the directory of step 1")
 
     def curve_spec(self) -> CurveSpec | None:
         if self.judge is None:
@@ -91,10 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    saves_adapter = config.lora_dim > 0 and not config.lora_save_merged
+    refuse_other_kind(config.output_dir, saves_adapter)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
-    other_kind = Path(config.output_dir) / ("config.json" if config.lora_dim else "adapter_config.json")
-    if other_kind.exists():
-        raise UserError(f"{other_kind}: a model of another kind is here; choose another --output_dir, or empty it")
 
     # Data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
@@ -128,16 +118,16 @@ def main(argv: list[str] | None = None) -> None:
         console.print(show_batch(tokenizer, batch["input_ids"], batch["attention_mask"], batch["loss_mask"]))
 
     # Model
-    classifier = load_scorer(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
+    classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
-    scorer = Scorer(classifier)
     if config.lora_dim:
-        from dschat.models import adapters  # PEFT takes a second to import
+        from dschat.models import lora  # PEFT takes a second to import
 
-        scorer = adapters.create_lora_scorer(classifier, config.lora_dim, config.lora_alpha, config.lora_module_name)
-        console.print(adapters.trained_table(scorer))
-    engine = create_train_engine(scorer, spec, dtype=dtype, runtime=runtime)
+        lora.add_lora(classifier, lora.LoraSpec(*config.lora_shape()))
+        console.print(lora.trained_table(classifier))
+    engine = create_train_engine(Scorer(classifier), spec, dtype=dtype, runtime=runtime)
 
     # Train
     metrics = MetricsWriter(config.output_dir, "reward", runtime.is_main)
@@ -187,10 +177,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Save
     def save(whole) -> None:
-        if config.lora_dim:
-            adapters.save_adapter(whole, tokenizer, config.output_dir, config.model_name_or_path)
-        else:
-            save_model(whole.model, tokenizer, config.output_dir)
+        save_model(whole.model, tokenizer, config.output_dir, config.model_name_or_path if saves_adapter else None)
         save_score_stats(config.output_dir, mean, std, make_probes(whole, data.eval, tokenizer))
 
     report_dir = Path(config.output_dir) / QUALITY_FOLDER
