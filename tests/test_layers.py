@@ -19,6 +19,7 @@ ALLOWED = {
     "dschat.flags": BASE | {"dschat.data", "dschat.engine"},
     "dschat.rlhf": BASE
     | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.models", "dschat.report", "dschat.flags"},
+    "dschat.planning": BASE | {"dschat.engine", "dschat.models", "dschat.report"},
     "dschat": set(),
     "dschat.errors": set(),
     "dschat.remote_code": {"dschat.errors"},
