@@ -13,6 +13,7 @@ from dschat.engine.run_identity import RunIdentity, content_key
 from dschat.engine.run_state import CheckpointSpec
 from dschat.engine.workload import SCORER, Changes, ModelUse, PassUse, PlanRequest, Workload
 from dschat.errors import UserError
+from dschat.flag_checks import check_lora, check_offload, check_quantized
 
 import torch
 
@@ -217,6 +218,7 @@ class SupervisedFlags(RunFlags, DataFlags):
             raise UserError(f"--dropout {self.dropout}: expected a probability of at least 0 and below 1")
         check_lora(self, "")
         check_offload("--offload", self.offload, "--zero_stage", self.zero_stage)
+        check_quantized(self, "zero_stage")
         if self.lora_dim and self.model_name_or_path == "toy":
             raise UserError("--lora_dim needs a trained trunk, which toy is not; give the directory of step 1")
 
@@ -226,6 +228,10 @@ class SupervisedFlags(RunFlags, DataFlags):
     def step_sizes(self, num_ranks: int) -> dict[str, int]:
         per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return {"rows of an optimizer step, of all ranks,": per_rank * num_ranks}
+
+    @property
+    def quantization(self) -> str | None:
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
     def lora_shape(self) -> tuple[int, int | None, str, bool]:
         """What `dschat.models.lora.LoraSpec` is made of."""
@@ -285,39 +291,6 @@ class SupervisedFlags(RunFlags, DataFlags):
             lora_learning_rate=self.lora_learning_rate,
             offload=self.offload,
         )
-
-
-def check_lora(config: Any, role: str) -> None:
-    """Refuse flags about adapters that have no effect. ``role`` is in front of their names: "", "actor_", "critic_".
-
-    Raises:
-        UserError: naming the flag.
-    """
-    dim = f"{role}lora_dim"
-    require_not_negative(config, dim)
-    require_positive(config, f"{role}lora_learning_rate")
-    if getattr(config, f"{role}lora_alpha") is not None:
-        require_positive(config, f"{role}lora_alpha")
-    own = [f"{role}{name}" for name in ("lora_alpha", "lora_module_name", "lora_learning_rate")]
-    own += [] if role else ["only_optimize_lora", "lora_save_merged", "load_in_4bit", "load_in_8bit"]
-    given = [name for name in own if getattr(config, name) != getattr(type(config), name)]
-    if given and not getattr(config, dim):
-        raise UserError(f"--{given[0]} has no effect without --{dim} above 0; give that, or drop the flag")
-    if config.load_in_4bit and config.load_in_8bit:
-        raise UserError("--load_in_4bit and --load_in_8bit exclude each other; give one")
-    if not config.only_optimize_lora and not config.lora_save_merged:
-        raise UserError(
-            "--no-only_optimize_lora trains weights that an adapter file does not hold; add --lora_save_merged"
-        )
-
-
-def check_offload(flag_name: str, offload: bool, stage_name: str, stage: int) -> None:
-    """
-    Raises:
-        UserError: DeepSpeed keeps nothing of such a stage in the CPU's memory.
-    """
-    if offload and stage == 0:
-        raise UserError(f"{flag_name}: DeepSpeed offloads what ZeRO shards, at 0 nothing; give {stage_name} 1, 2 or 3")
 
 
 @dataclass(kw_only=True)

@@ -56,14 +56,18 @@ def create_train_engine(
 
 
 def create_frozen_model(
-    model: nn.Module, *, zero_stage: int, dtype: torch.dtype, device: torch.device
+    model: nn.Module, *, zero_stage: int, dtype: torch.dtype, device: torch.device, offload: bool = False
 ) -> nn.Module | deepspeed.DeepSpeedEngine:
     """A model that is only ever evaluated: sharded by DeepSpeed at stage 3; at stages 0 to 2, which shard nothing of a
-    model without an optimizer, the plain module on this rank's device."""
+    model without an optimizer, the plain module on this rank's device. ``offload``, at stage 3: its weights live in
+    the CPU's memory."""
     model.requires_grad_(False)
     if zero_stage < 3:
         return model.to(device).eval()
-    engine, *_ = deepspeed.initialize(model=model, config=_config(3, dtype))
+    config = _config(3, dtype)
+    if offload:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
 

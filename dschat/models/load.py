@@ -1,5 +1,6 @@
 """Load and save models as Hugging Face directories. Loading is strict: no weight is silently made up."""
 
+import importlib.util
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     PretrainedConfig,
@@ -43,11 +45,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_causal_lm(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, dropout: float | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    dropout: float | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a directory or hub name, or the embedded one (``toy``).
 
-    The embeddings are grown when the tokenizer has more tokens than the model; they are never shrunk.
+    The embeddings are grown when the tokenizer has more tokens than the model; they are never shrunk. An adapter is
+    merged into the model that it was trained on. ``quantization``: None, 4bit or 8bit.
 
     Raises:
         UserError: not a model, a reward model, or weights missing from the checkpoint.
@@ -60,16 +68,22 @@ def load_causal_lm(
         if model_role(path, config) != POLICY:
             raise UserError(f"{path} is a reward model, not a language model; give the directory of step 1")
         if base := adapter_base(path):
+            _require_whole(path, quantization)
             from dschat.models.lora import merge_adapter  # PEFT takes a second to import
 
             return _fit(merge_adapter(load_causal_lm(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
-        model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype)
+        model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype, **_quantized(quantization, dtype))
         _require_exact(path, info["missing_keys"], info["unexpected_keys"])
     return _fit(model, tokenizer, dropout)
 
 
 def load_scorer(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, dropout: float | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    dropout: float | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier with one label whose trunk is the model at ``path``: the start of step 2.
 
@@ -82,12 +96,18 @@ def load_scorer(
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         missing, unexpected = ["score.weight"], []
     elif base := adapter_base(path):
+        _require_whole(path, quantization)
         from dschat.models.lora import merge_adapter  # PEFT takes a second to import
 
         return _fit(merge_adapter(load_scorer(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
     else:
         model, info = _from_pretrained(
-            AutoModelForSequenceClassification, path, load_config(path), dtype, num_labels=1
+            AutoModelForSequenceClassification,
+            path,
+            load_config(path),
+            dtype,
+            num_labels=1,
+            **_quantized(quantization, dtype),
         )
         missing = list(info["missing_keys"])
         trunk = f"{model.base_model_prefix}."
@@ -291,10 +311,36 @@ def _from_pretrained(auto_class: type, path: str, config: PretrainedConfig, dtyp
         if "num_labels" in options and getattr(config, "num_labels", 1) != options["num_labels"]:
             config.num_labels = options["num_labels"]
         more = {"trust_remote_code": remote_code.is_trusted(), "weights_only": True, "output_loading_info": True}
+        more |= {name: value for name, value in options.items() if name != "num_labels"}
         return auto_class.from_pretrained(path, config=config, dtype=dtype, **more)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         remote_code.refuse_if_asked_for(path, error)
         raise UserError(f"{path} cannot be loaded: {_line(error)}") from None
+
+
+def _quantized(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The argument that makes `from_pretrained` quantize the linear layers of the blocks.
+
+    Raises:
+        UserError: bitsandbytes, which does it, is not installed.
+    """
+    if kind is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--load_in_{kind} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    heads = ["score", "lm_head", "embed_out"]
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)}
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=heads, **four)}
+
+
+def _require_whole(path: str, kind: str | None) -> None:
+    if kind is not None:
+        raise UserError(
+            f"--load_in_{kind}: {path} is an adapter, and would be merged into rounded weights; train it again with "
+            "--lora_save_merged"
+        )
 
 
 def _line(error: Exception) -> str:

@@ -105,13 +105,18 @@ def adapted_layers(model: PreTrainedModel, module_name: str) -> list[str]:
     return [name for name in linear if any(part in name for part in parts)]
 
 
+def has_adapters(model: nn.Module) -> bool:
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
 def trained_table(model: nn.Module) -> str:
     """How many parameters are trained of how many, by kind."""
     sizes = {"adapters": [0, 0], "score head": [0, 0], "trunk": [0, 0]}
     for name, parameter in model.named_parameters():
         kind = "adapters" if ".lora_" in name else "score head" if "score." in name else "trunk"
-        sizes[kind][0] += parameter.numel() if parameter.requires_grad else 0
-        sizes[kind][1] += parameter.numel()
+        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves a rank a share
+        sizes[kind][0] += size if parameter.requires_grad else 0
+        sizes[kind][1] += size
     sizes = {kind: size for kind, size in sizes.items() if size[1]}
     sizes["together"] = [sum(column) for column in zip(*sizes.values(), strict=True)]
     rows = [[kind, f"{trained:,}", f"{whole:,}", f"{trained / whole:.2%}"] for kind, (trained, whole) in sizes.items()]
@@ -214,22 +219,39 @@ def load_adapter(
     Raises:
         UserError: an adapter of another model, a missing or unexpected weight.
     """
-    misfit = f"{directory}: the adapter was trained on another model than this {model.config.model_type}"
     try:
         tuner = LoraModel(model, config, name)
     except ValueError as error:
-        raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}); train it from this actor") from None
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"{_misfit(directory, model)} ({problem}); train it from this actor") from None
+    write_adapter(model, head, weights, directory, name)
+    return tuner
+
+
+def write_adapter(
+    model: PreTrainedModel, head: nn.Module | None, weights: dict[str, torch.Tensor], directory: str, name: str
+) -> None:
+    """Give the adapter that ``model`` has under this name, and ``head``, exactly these weights of ``directory``.
+
+    Raises:
+        UserError: a missing or unexpected weight.
+    """
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if head is not None:
         own |= {f"score.{key}": weight for key, weight in head.state_dict().items()}
     wanted, found = ({(k, *v.shape) for k, v in tensors.items()} for tensors in (own, weights))
     if wanted != found:
         odd, *shape = min(wanted ^ found)
+        missing, unexpected = len(wanted - found), len(found - wanted)
         raise UserError(
-            f"{misfit}: {len(wanted - found)} weights are missing and {len(found - wanted)} unexpected, for instance "
+            f"{_misfit(directory, model)}: {missing} weights are missing and {unexpected} unexpected, for instance "
             f"{odd} {tuple(shape)}; train it from this actor"
         )
     if head is not None:
         head.load_state_dict({key: weights.pop(f"score.{key}") for key in head.state_dict()})
     set_peft_model_state_dict(model, weights, adapter_name=name)
-    return tuner
+
+
+def _misfit(directory: str, model: PreTrainedModel) -> str:
+    kind = model.config.model_type
+    return f"{directory}: the adapter was trained on another model than this {kind}"

@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(show_batch(tokenizer, batch["input_ids"], batch["attention_mask"], batch["loss_mask"]))
 
     # Model
-    model = load_causal_lm(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
+    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     if config.lora_dim:
         from dschat.models import lora  # PEFT takes a second to import

@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
         paths = (config.reference_model_name_or_path, config.model_name_or_path)
         placed = {"dtype": dtype, "zero_stage": config.zero_stage, "runtime": runtime}
         with_frozen_model(*paths, tokenizer, config.max_seq_len, ask_reference, **placed)
-    model = load_causal_lm(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
+    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     is_own_reference = objective.has_reference and not config.reference_model_name_or_path
     weights = weights_hash(model) if is_own_reference and runtime.is_main else ""  # now: ZeRO may shard them

@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(show_batch(tokenizer, batch["input_ids"], batch["attention_mask"], batch["loss_mask"]))
 
     # Model
-    classifier = load_scorer(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
+    classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
     if config.lora_dim:

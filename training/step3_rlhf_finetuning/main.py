@@ -23,13 +23,13 @@ from dschat.engine.distributed import init_runtime, main_process_first
 from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
-from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
+from dschat.models.load import CRITIC, POLICY, check_context, refuse_other_kind, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.samples import SampleWriter
-from dschat.rlhf.build import check_quality, create_models
+from dschat.rlhf.build import check_quality, create_models, trained_tables
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
 from dschat.rlhf.demonstrations import Demonstrations
 from dschat.rlhf.evaluate import BestSoFar, best_of_n, evaluate_policy, held_out_prompts
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    for folder, dim in (("actor", config.actor_lora_dim), ("critic", config.critic_lora_dim)):
+        refuse_other_kind(str(Path(config.output_dir) / folder), dim > 0 and not config.lora_save_merged)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
 
     # Data
@@ -100,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(line)
     engine, rewards = create_models(spec, tokenizer, dtype=dtype, runtime=runtime)
     console.print(rewards.summary())
+    for line in trained_tables(engine):
+        console.print(line)
     longest = config.max_prompt_seq_len + config.max_answer_seq_len
     check_context(engine.family.config, longest, "--max_prompt_seq_len + --max_answer_seq_len")
     banned = banned_token_ids(tokenizer, engine.family.config.vocab_size)
@@ -126,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save_actor(name: str) -> None:
         directory = str(Path(config.output_dir) / name)
-        save_weights(engine.actor, lambda whole: save_model(whole, tokenizer, directory), runtime)
+        save_weights(engine.actor, lambda whole: save_model(whole, tokenizer, directory, engine.actor_base), runtime)
         record(directory, POLICY)
 
     def record(directory: str, role: str) -> None:
@@ -263,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
             save_actor("actor_ema")
     if engine.critic is not None:
         directory, scorer = str(Path(config.output_dir) / "critic"), engine.critic.module
-        save_weights(engine.critic, lambda whole: save_model(whole.model, tokenizer, directory), runtime)
+        base = engine.critic_base
+        save_weights(engine.critic, lambda whole: save_model(whole.model, tokenizer, directory, base), runtime)
         if runtime.is_main:
             save_score_stats(directory, scorer.mean, scorer.std)
         record(directory, CRITIC)
