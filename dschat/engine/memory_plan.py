@@ -110,12 +110,15 @@ class PlannedModel:
     accumulates: bool = False  # several micro-batches make a step
     offload: bool = False
     has_average: bool = False
+    shares_trunk: bool = False  # only what is trained is its own
     num_quantized: int = 0  # of the weights, to ``quantized_bits``
     quantized_bits: int = 0
 
     @property
     def weight_bytes(self) -> int:
-        """Of the whole model. A quantized weight has its share of a float32 scale for every 64."""
+        """Of its own weights. A quantized weight has its share of a float32 scale for every 64."""
+        if self.shares_trunk:
+            return self.itemsize * self.num_trained
         each = self.quantized_bits / 8 + 4 / 64
         return self.itemsize * (self.num_weights - self.num_quantized) + int(each * self.num_quantized)
 
@@ -145,7 +148,8 @@ class PlannedModel:
 
     def in_use(self, machine: Machine) -> Bytes:
         """While it computes, whatever it computes."""
-        return Counter({GATHERED: self.itemsize * min(self.num_weights, MAX_LIVE)} if self.zero_stage == 3 else {})
+        is_gathered = self.zero_stage == 3 and not self.shares_trunk
+        return Counter({GATHERED: self.itemsize * min(self.num_weights, MAX_LIVE)} if is_gathered else {})
 
     def in_backward(self, machine: Machine) -> Bytes:
         """The gradients and the buffers that reduce them, at their fullest."""
@@ -176,7 +180,7 @@ class PlannedModel:
     @property
     def checkpoint(self) -> int:
         """On disk, of all ranks together: the weights, and of trained ones three float32 numbers more."""
-        return self.itemsize * self.num_weights + 12 * self.num_trained if self.num_trained else 0
+        return self.weight_bytes + 12 * self.num_trained if self.num_trained else 0
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class ModelUse:
     offload: bool = False
     has_average: bool = False
     lora: LoraShape = (0, None, "auto", True)
+    shares_trunk: bool = False  # its frozen weights are another model's
     quantized_bits: int = 0  # of the frozen weights under adapters; 0: not quantized
 
 

@@ -81,6 +81,7 @@ def planned_model(use: ModelUse, dtype: torch.dtype) -> PlannedModel:
         accumulates=use.accumulates,
         offload=use.offload,
         has_average=use.has_average,
+        shares_trunk=use.shares_trunk,
         num_quantized=quantized,
         quantized_bits=use.quantized_bits,
     )
