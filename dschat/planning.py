@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dschat.engine.memory_plan import Machine, Plan, find_machine
+from dschat.engine.distributed import quiet_libraries
+from dschat.engine.memory_plan import Plan, find_machine
 from dschat.engine.workload import Changes, PlanRequest, Workload
 from dschat.errors import UserError
 from dschat.models.plan import make_plan
@@ -17,6 +18,7 @@ from dschat.report.progress import table
 
 import torch
 
+LINE = (64, 128)  # two values of a flag that counts rows: large, so that rows outweigh what does not grow with them
 DOES_NOT_FIT = 3  # exit code of a plan that cannot work
 Planned = Callable[[Changes], Workload]  # what the run would do with these flags changed
 
@@ -28,6 +30,7 @@ def plan_run(request: PlanRequest, main: Callable[[list[str]], None], argv: list
         SystemExit: with `DOES_NOT_FIT`, where it cannot work.
     """
     times = calibrate(request, main, sys.argv[1:] if argv is None else argv) if request.num_steps else []
+    quiet_libraries()
     is_main = os.environ.get("RANK", "0") == "0"
     plan = make_plan(request.planned({}), find_machine(request.plan_for))
     if is_main:
@@ -87,7 +90,7 @@ def plan_table(plan: Plan) -> str:
     kinds = list(dict.fromkeys(kind for held in resting for kind in held))
     rows = []
     for model, held in zip(plan.models, resting, strict=True):
-        size = f"{model.num_weights / 1e6:,.0f}" if model.num_weights < 1e9 else f"{model.num_weights / 1e9:.2f}e3"
+        size = f"{model.num_weights / 1e6:,.1f}"
         trained = f"{model.num_trained / model.num_weights:.1%}" if model.num_trained else "frozen"
         numbers = [gb(held[kind]) if held[kind] else "" for kind in kinds]
         rows.append([f"{model.role}: {model.name}", size, trained, str(model.zero_stage), *numbers, gb(held.total())])
@@ -121,16 +124,16 @@ def plan_lines(plan: Plan, planned: Planned, batch_flags: Sequence[str], changes
 
 
 def largest_batch(plan: Plan, planned: Planned, flags: Sequence[str]) -> str:
-    """The largest value of each of ``flags``, by itself, that fits."""
+    """The largest value of each of ``flags``, by itself, that fits: what a phase takes is linear in its rows."""
     found = []
     for flag in flags:
-        low, high = 1, 2
-        while high < 2**20 and _fits(planned, {flag: high}, plan.machine):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if _fits(planned, {flag: middle}, plan.machine) else (low, middle)
-        found.append(f"--{flag} {low}")
+        low, high = (make_plan(planned({flag: value}), plan.machine) for value in LINE)
+        limits = []
+        for one, two in zip(low.phases, high.phases, strict=True):
+            start, end = low.bytes_of(one), high.bytes_of(two)
+            if end > start:
+                limits.append(LINE[0] + int((plan.machine.free - start) * (LINE[1] - LINE[0]) // (end - start)))
+        found.append(f"--{flag} {max(1, min(limits))}")
     return f"the largest that would: {' or '.join(found)}"
 
 
@@ -149,7 +152,3 @@ def best_change(plan: Plan, planned: Planned, changes: Sequence[Changes]) -> str
     words = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in change.items())
     saved = f"what would help most: {words}, which leaves a peak of {gb(other.peak)} GB"
     return saved + (": it fits" if other.missing <= 0 else f", still {gb(other.missing)} GB too much")
-
-
-def _fits(planned: Planned, change: Changes, machine: Machine) -> bool:
-    return make_plan(planned(change), machine).missing <= 0

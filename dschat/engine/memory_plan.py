@@ -20,9 +20,9 @@ ACTIVATIONS, LOGITS, GRADIENTS, CACHE = "activations", "logits", "gradients", "K
 BUFFERS, LIBRARIES = "buffers", "libraries"
 BUCKET = 500_000_000  # DeepSpeed's default: elements of a gradient bucket
 MAX_LIVE = 1_000_000_000  # DeepSpeed's default: weights that stay gathered at stage 3
-# CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard).
-# `python benchmarks/plan.py --libraries` measures it.
-RUNNING_LIBRARIES = 200e6
+# CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): measured as what
+# remains of a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
+RUNNING_LIBRARIES = 100e6
 GPU_LIBRARIES = 1.5e9  # CUDA's context and kernels, NCCL's buffers, cuBLAS's workspace: assumed, not measured
 RANKS_PER_NODE = 8
 Bytes = Counter[str]  # by kind
@@ -53,14 +53,14 @@ def find_machine(plan_for: str) -> Machine:
     """
     count, _, size = plan_for.partition("x")
     try:
-        num_ranks, giga = int(count or os.environ.get("WORLD_SIZE", 1)), float(size or 0)
+        num_ranks, giga = int(count or os.environ.get("WORLD_SIZE", "1")), float(size or 0)
         if num_ranks < 1 or giga < 0 or plan_for.endswith("x"):
             raise ValueError
     except ValueError:
         raise UserError(
             f"--plan_for {plan_for}: expected ranks, such as 2, or GPUs and their GB, such as 8x80"
         ) from None
-    host, here = host_free(), int(os.environ.get("LOCAL_WORLD_SIZE") or min(num_ranks, RANKS_PER_NODE))
+    host, here = host_free(), int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(num_ranks, RANKS_PER_NODE)
     if giga:
         name = f"{num_ranks} GPU{'s' if num_ranks > 1 else ''} of {giga:g} GB"
         return Machine(num_ranks, giga * 1e9, host / here, False, GPU_LIBRARIES, name)
