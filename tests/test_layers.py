@@ -28,6 +28,7 @@ ALLOWED = {
         "dschat.flags",
         "dschat.flag_checks",
     },
+    "dschat.planning": BASE | {"dschat.engine", "dschat.models", "dschat.report"},
     "dschat": set(),
     "dschat.errors": set(),
     "dschat.remote_code": {"dschat.errors"},

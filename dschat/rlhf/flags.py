@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from dschat.config import flag, require_not_negative, require_positive
 from dschat.data.prepare import DataSpec
 from dschat.engine.deepspeed_engine import TrainSpec
+from dschat.engine.workload import Changes, Workload
 from dschat.errors import UserError
 from dschat.flag_checks import check_offload, check_quantized
 from dschat.flags import DataFlags, RunFlags
@@ -14,6 +15,7 @@ from dschat.rlhf.model_flags import AdapterFlags, OptimizerFlags
 from dschat.rlhf.ppo_trainer import UpdateSpec
 from dschat.rlhf.rewards import parse_reward
 from dschat.rlhf.rollout_engine import ROLLOUT_ENGINES, SLOTS
+from dschat.rlhf.workload import RolloutSizes, ppo_workload
 
 
 @dataclass(kw_only=True)
@@ -356,6 +358,41 @@ class PPOFlags(
             max_ratio=self.max_ratio,
             max_tokens=self.max_tokens_per_batch,
         )
+
+    def workload(self) -> Workload:
+        sizes = RolloutSizes(
+            num_prompts=self.per_device_generation_batch_size,
+            num_samples=self.num_samples_per_prompt,
+            micro_batch=self.per_device_training_batch_size,
+            accumulates=self.gradient_accumulation_steps > 1,
+            prompt_size=self.max_prompt_seq_len,
+            answer_size=self.max_answer_seq_len,
+            max_tokens=self.max_tokens_per_batch,
+            rollout_engine=self.rollout_engine,
+            old_logprobs=self.old_logprobs,
+        )
+        checkpoints = self.keep_checkpoints if self.checkpoint_interval else 0
+        return ppo_workload(self.models_spec(1, 1), sizes, self.dtype, checkpoints)
+
+    def plan_hints(self) -> tuple[list[str], list[Changes]]:
+        rows = self.per_device_training_batch_size * self.gradient_accumulation_steps
+        prompts = self.per_device_generation_batch_size * self.generation_batches
+        adapters = {"actor_lora_dim": self.actor_lora_dim or 64, "critic_lora_dim": self.critic_lora_dim or 64}
+        sharded = {"actor_zero_stage": 3, "critic_zero_stage": 3}
+        stages = {"actor_zero_stage": self.actor_zero_stage or 1, "critic_zero_stage": self.critic_zero_stage or 1}
+        changes: list[Changes] = [
+            {"actor_gradient_checkpointing": True, "critic_gradient_checkpointing": True},
+            {"per_device_training_batch_size": 1, "gradient_accumulation_steps": rows},
+            {"per_device_generation_batch_size": 1, "generation_batches": prompts},
+            {"max_answer_seq_len": self.max_answer_seq_len // 2},
+            sharded,
+            {"reference_zero_stage": 3, "reward_zero_stage": 3},
+            stages | {"offload": True},
+            sharded | {"offload": True},
+            adapters,
+            {"dtype": "bf16"},
+        ]
+        return ["per_device_training_batch_size", "per_device_generation_batch_size"], changes
 
     def inputs(self) -> dict[str, str]:
         found = {"actor_model_name_or_path": self.actor_model_name_or_path}

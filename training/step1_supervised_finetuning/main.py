@@ -21,11 +21,13 @@ from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_n
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.workload import SFT, Workload
 from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
 from dschat.models.forward import model_inputs
 from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
+from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
@@ -45,9 +47,14 @@ class Config(SupervisedFlags):
         super().__post_init__()
         require_not_negative(self, "prompt_loss_weight")
 
+    def workload(self) -> Workload:
+        return self.supervised_workload("step 1", SFT)
+
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
+    if config.asks_for_plan:
+        return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)

@@ -24,12 +24,14 @@ from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_n
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.workload import SCORER, Workload
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
 from dschat.models.load import REWARD, check_context, load_scorer, refuse_other_kind, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
+from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
@@ -75,9 +77,14 @@ class Config(SupervisedFlags, CurveFlags):
             seed=self.seed,
         )
 
+    def workload(self) -> Workload:
+        return self.supervised_workload("step 2, reward model", SCORER, num_sequences=2)
+
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
+    if config.asks_for_plan:
+        return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)

@@ -26,6 +26,7 @@ from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
 from dschat.models.load import CRITIC, POLICY, check_context, refuse_other_kind, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
+from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
@@ -59,6 +60,8 @@ class Config(PPOFlags):
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
+    if config.asks_for_plan:
+        return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
