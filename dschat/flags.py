@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {
     *("output_dir", "checkpoint_interval", "keep_checkpoints", "resume", "fresh", "log_interval", "show_batch"),
     *("data_path", "eval_data_path", "ptx_data_path", "data_output_path", "num_workers", "self_check"),
     *("reward_api_timeout", "reward_api_retries", "allow_weak_reward_model", "stall_timeout", "trust_remote_code"),
+    *("preference_data_path", "preflight", "preflight_prompts", "preflight_samples"),
 }
 # Flags that change rounding alone, as long as an optimizer step and a rollout have as many rows.
 ROUNDING = {
