@@ -1,10 +1,10 @@
 """The alarms of step 3 on the embedded task: silent in healthy runs, raised by planted faults.
 
-    python e2e_rlhf.py --output-dir output/alarms/base           the models of steps 1 and 2
-    python benchmarks/alarms.py                                  ten healthy seeds and every fault; an hour of two cores
+    python e2e_rlhf.py --output-dir output/alarms/base    the models of steps 1 and 2
+    python benchmarks/alarms.py                           ten healthy seeds and every fault; an hour of two cores
     python benchmarks/alarms.py --only hack endless
 
-Each run is step 3's recipe, shortened, from those models, evaluated every five rollouts by the task's judge. A run that
+Each run is step 3's recipe, shortened, from those models, evaluated every five rollouts by the task's judge. One that
 is there already is not run again. `reports` in the output folder holds a page of every fault beside the healthy run.
 """
 
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 from dschat.data import toy
 from dschat.report.monitor_file import read_alarms
@@ -27,13 +28,13 @@ from toy_runs import ROOT, run
 
 STEP3 = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
 SHORT = "--max_steps 30 --per_device_generation_batch_size 60 --per_device_training_batch_size 30 --eval_interval 5 "
-SHORT += "--max_eval_samples 200 --best_of_n 0 --judge toy --preference_data_path toy"
+SHORT += "--max_eval_samples 200 --best_of_n 0"
 HOLES = f"function:{ROOT / 'benchmarks/alarm_rewards.py'}"
 FAST = "--kl_coef 0 --actor_learning_rate 3e-3 --num_warmup_steps 5"
 # name -> (flags of step 3, the alarms of which one must be raised)
 FAULTS = {
     "hack": (f"--reward full:REWARD {HOLES}:thanks --clip_reward_value 0 --kl_coef 0.02", {"overoptimised"}),
-    "endless": (f"--reward {HOLES}:words --missing_eos_penalty 0 --kl_coef 0.01", {"endless"}),
+    "endless": (f"--reward {HOLES}:words --missing_eos_penalty 0 --clip_reward_value 0 {FAST}", {"endless"}),
     "collapse": (f"--reward full:REWARD 3*{HOLES}:sameness {FAST}", {"collapse", "overoptimised"}),
     "kl": (f"--reward -1*full:REWARD {FAST} --max_grad_norm 0", {"kl", "collapse", "repetition", "endless"}),
     "weak-reward": ("--reward full:WEAK --allow_weak_reward_model", set()),
@@ -46,10 +47,10 @@ def random_labels(base: Path) -> Path:
     target, data = base / "weak-reward-model", base / "random-labels.jsonl"
     if not (target / "run.json").is_file():
         with open(data, "w", encoding="utf-8") as file:
-            for number, record in enumerate(toy.records("preference", "train")):
-                pair = [record["chosen"], record["rejected"]]
-                chosen, rejected = pair if (number * 2654435761) % 2**32 >> 20 & 1 else pair[::-1]
-                row = {"prompt": record["prompt"], "chosen": chosen, "rejected": rejected}
+            coins = Random(0)
+            for record in toy.records("preference", "train"):
+                pair = coins.sample([record["chosen"], record["rejected"]], 2)
+                row = {"prompt": record["prompt"], "chosen": pair[0], "rejected": pair[1]}
                 file.write(json.dumps(row) + "\n")
         recipe = ROOT / "training/step2_reward_model_finetuning/training_scripts/toy/cpu/run_toy.sh"
         words = ["bash", str(recipe), "--model_name_or_path", str(base / "actor-models/toy"), "--data_path", str(data)]

@@ -55,10 +55,11 @@ def _falls(best: Measured, first: Measured, now: Measured, level: float) -> Find
     changes = _complete(np.stack(columns, axis=1))
     if best.step == now.step or len(changes) < 2:
         return None
-    draws = bootstrap_means(changes, NUM_DRAWS, seed=now.step)
     judge, since_best, rise = changes.mean(0)
-    fell, rose = np.quantile(draws[:, 0], 1 - level) < 0, np.quantile(draws[:, 2], level) > 0
-    if not (fell and rose and since_best >= 0):
+    if judge >= 0 or since_best < 0 or rise <= 0:
+        return None
+    draws = bootstrap_means(changes, NUM_DRAWS, seed=now.step)
+    if np.quantile(draws[:, 0], 1 - level) >= 0 or np.quantile(draws[:, 2], level) <= 0:
         return None
     low, high = np.quantile(draws[:, 0], (level, 1 - level))
     text = f"over-optimised: the training reward rose by {rise:+.2f} while the independent one fell by {judge:+.2f} "
@@ -75,7 +76,7 @@ def _is_length(first: Measured, now: Measured, level: float) -> Finding | None:
     columns = [now.score - first.score, now.length - first.length]
     given = np.isfinite(np.stack(columns)).all(0)
     changes = np.stack(columns, axis=1)[given]
-    if len(changes) < 3 or changes[:, 1].std() == 0:
+    if len(changes) < 3 or changes[:, 1].std() == 0 or (changes.mean(0) <= 0).any():
         return None
     moments = np.concatenate([changes, changes[:, :1] * changes[:, 1:], np.square(changes[:, 1:])], axis=1)
     draws = bootstrap_means(moments, NUM_DRAWS, seed=now.step)
@@ -87,7 +88,7 @@ def _is_length(first: Measured, now: Measured, level: float) -> Finding | None:
     judge_rose = len(better) > 1 and np.quantile(bootstrap_means(better, NUM_DRAWS, now.step), level) > 0
     if not (rose and longer) or np.quantile(left, level) > 0 or judge_rose:
         return None
-    gain, size = changes.mean(0)
+    gain, size = changes.mean(0).tolist()
     text = f"length explains the gain: answers are {size:+.1f} tokens longer than before training and the reward rose "
     text += f"by {gain:+.2f}, of which {left.mean():+.2f} is left at equal length; balance the preferences by length "
     return Finding(BAD, "length", text + "or take an earlier checkpoint")

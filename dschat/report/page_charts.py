@@ -12,13 +12,13 @@ from dschat.report.svg import Series, chart, histogram
 # The charts of a stage, and which metrics each shows.
 CURVES = {
     "ppo": (
-        ("objective/score_mean", "eval/score_mean"),
+        ("eval/score_mean", "objective/score_mean"),
         ("eval/judge_mean",),
         ("eval/kl_per_seq", "objective/kl_per_seq"),
         ("eval/response_length", "rollout/response_length"),
         ("eval/finished_fraction", "rollout/finished_fraction"),
         ("objective/entropy_per_token",),
-        ("objective/score_std", "eval/score_std"),
+        ("eval/score_std", "objective/score_std"),
         ("eval/distinct_2",),
         ("eval/repetition",),
         ("eval/judge_agreement",),
@@ -40,8 +40,9 @@ def stage_curves(runs: Sequence[Run], stage: str) -> str:
     for names in CURVES[stage]:
         metric = next(METRICS[stage][name] for name in names if name in METRICS[stage])
         lines = [line for run in runs for line in _lines(run, stage, names, len(runs) > 1)]
-        unit = f" ({metric.unit})" if metric.unit else ""
-        charts.append(chart(metric.title, STEP[stage], metric.title + unit, lines) + _meaning(metric, bool(lines)))
+        charts.append(
+            chart(metric.title, STEP[stage], metric.unit or metric.title, lines) + _meaning(metric, bool(lines))
+        )
     return _grid(charts)
 
 

@@ -39,11 +39,25 @@ def stage_rows(run: Run) -> list[list[str]]:
         duration = _duration(seconds) if seconds is not None else "not finished"
         result = _result(key, last)
         name = STAGE_NAMES[key][0].upper() + STAGE_NAMES[key][1:]
-        rows.append([name, config.get(START[key], ""), source + number, str(last.get("step", 0)), duration, result])
+        rows.append(
+            [
+                name,
+                _short_path(config.get(START[key], ""), run),
+                source + number,
+                str(last.get("step", 0)),
+                duration,
+                result,
+            ]
+        )
     return rows
 
 
 STAGE_HEADER = ("stage", "started from", "data", "steps", "time", "held-out result")
+
+
+def _short_path(path: str, run: Run) -> str:
+    """A path inside the run's folder from there on."""
+    return path.removeprefix(f"{run.path}/")
 
 
 def _result(key: str, last: Mapping[str, Any]) -> str:

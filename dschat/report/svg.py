@@ -167,7 +167,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls by itself where the screen is narrow."""
+    """A table that scrolls by itself where the screen is narrow; a column in which nothing stands is left out."""
+    kept = [i for i, name in enumerate(header) if any(row[i] for row in rows) or not rows]
+    header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
     head = "".join(f"<th scope='col'>{_text(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

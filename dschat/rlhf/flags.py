@@ -5,11 +5,13 @@ from typing import Any
 
 from dschat.config import flag, require_not_negative, require_positive
 from dschat.data.prepare import DataSpec
+from dschat.data.sources import parse_source
 from dschat.engine.deepspeed_engine import TrainSpec
 from dschat.errors import UserError
 from dschat.flags import SCHEDULES, ZERO_STAGES, DataFlags, RunFlags
 from dschat.rlhf.build import ModelsSpec
 from dschat.rlhf.experience import ESTIMATORS, FORWARD, GAE, KL_KINDS, SAMPLER, Shaping
+from dschat.rlhf.judges import TOY
 from dschat.rlhf.monitor_flags import MonitorFlags
 from dschat.rlhf.ppo_trainer import UpdateSpec
 from dschat.rlhf.rewards import parse_reward
@@ -252,8 +254,12 @@ class PPOFlags(
             raise UserError("--old_logprobs sampler knows no whole distribution, as --kl_penalty full needs it")
         if self.best_metric != "none" and not self.eval_interval:
             raise UserError("--best_metric is measured at evaluations; give --eval_interval")
-        if self.best_metric == "judge" and not self.judge:
-            raise UserError("--best_metric judge needs --judge")
+        for name, needs in (
+            ("best_metric judge", self.best_metric == "judge"),
+            ("stop_on_overoptimisation", self.stop_on_overoptimisation),
+        ):
+            if needs and not self.judged_by:
+                raise UserError(f"--{name} needs --judge, an independent reward to go by")
         if self.stop_on_overoptimisation and not self.eval_interval:
             raise UserError("--stop_on_overoptimisation looks at evaluations; give --eval_interval")
         if self.stop_on_overoptimisation and self.best_metric not in ("none", "judge"):
@@ -265,6 +271,19 @@ class PPOFlags(
     @property
     def rewards(self) -> list[str]:
         return self.reward or [f"full:{self.critic_model_name_or_path}"]
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether every prompt of an evaluation is one of the embedded task, which has a judge and preferences."""
+        return all(parse_source(path)[0] == TOY for path in self.eval_data_path or self.data_path)
+
+    @property
+    def judged_by(self) -> str | None:
+        return self.judge or (TOY if self.is_toy else None)
+
+    @property
+    def preferences_from(self) -> list[str]:
+        return self.preference_data_path or ([TOY] if self.is_toy else [])
 
     @property
     def keeps_best_by(self) -> str:

@@ -24,10 +24,13 @@ class MonitorFlags:
     judge: str | None = flag(
         None,
         "an independent reward for every evaluation, which training never sees: toy, full:PATH, "
-        "function:FILE.py:NAME, api:URL, or openai:URL#MODEL, a chat model that gives points",
+        "function:FILE.py:NAME, api:URL, or openai:URL#MODEL, a chat model that gives points; default: toy for the "
+        "data of that name",
     )
     preference_data_path: list[str] = flag(
-        [], "held-out pairs on which every evaluation measures what the policy itself prefers, as step 2 reads them"
+        [],
+        "held-out pairs on which every evaluation measures what the policy itself prefers, as step 2 reads them; "
+        "default: toy for the data of that name",
     )
     max_preference_pairs: int = flag(256, "of those pairs the first so many; 0: all")
     stop_on_overoptimisation: bool = flag(
@@ -44,13 +47,11 @@ class MonitorFlags:
                 f"--preflight_samples {self.preflight_samples}: expected 2 or more, to compare the answers to a "
                 "prompt; --preflight off looks at none"
             )
-        if self.stop_on_overoptimisation and not self.judge:
-            raise UserError("--stop_on_overoptimisation needs --judge, an independent reward to go by")
         if self.judge and self.judge != TOY:
             judge_spec(self.judge)  # refuses what is no judge before anything is loaded
 
     def judge_place(self) -> str | None:
-        """The file or directory that the judge is, where it is one."""
+        """The file or directory that the judge is, where one is named."""
         if self.judge is None or self.judge == TOY:
             return None
         spec = judge_spec(self.judge)

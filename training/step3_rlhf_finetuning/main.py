@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             ptx_rows = load_rows(config.ptx_spec(), "sft", tokenizer, longest).train
             found["ptx_fingerprint"] = ptx_rows._fingerprint
         pairs = None
-        if config.preference_data_path:
-            pairs = load_pairs(config.preference_data_path, tokenizer, **config.pairs_shape(), runtime=runtime)
+        if config.preferences_from:
+            pairs = load_pairs(config.preferences_from, tokenizer, **config.pairs_shape(), runtime=runtime)
             found["preference_fingerprint"] = pairs.rows._fingerprint
     data.require_held_out()
     console.print(data.summary("prompts"))
@@ -151,10 +151,10 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     judged_by = None
-    if config.judge:
-        check_judge(config.judge, tokenizer, [prompt_text(row["messages"]) for row in held_out.rows])
+    if config.judged_by:
+        check_judge(config.judged_by, tokenizer, [prompt_text(row["messages"]) for row in held_out.rows])
         size = config.per_device_training_batch_size
-        judged_by = create_judge(config.judge, tokenizer, dtype=dtype, device=runtime.device, batch_size=size)
+        judged_by = create_judge(config.judged_by, tokenizer, dtype=dtype, device=runtime.device, batch_size=size)
 
     # Train
     metrics = MetricsWriter(config.output_dir, "ppo", runtime.is_main)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(
             f"step {step}: held-out score {values['eval/score_mean']:.3f}, KL {values['eval/kl_per_seq']:.2f} nats a "
             f"sequence, {values['eval/response_length']:.1f} tokens, {values['eval/finished_fraction']:.0%} finished"
-            + (f", judge {values['eval/judge_mean']:.3f}" if config.judge else "")
+            + (f", judge {values['eval/judge_mean']:.3f}" if config.judged_by else "")
         )
         for finding in monitor.observe(step, values, rows):
             console.print(f"step {step}: ALARM: {finding.text}")
