@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import math
+import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,54 +13,115 @@ from dschat.data.templates import encode_prompt
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
 from dschat.models.load import load_causal_lm, max_positions, resolve_dtype
-from dschat.rlhf.rollout import Sampling, banned_token_ids, decode
+from dschat.rlhf.rollout import Sampling, banned_token_ids, row_uniforms
+from inference.decoder import Decoder, Emit, Ticket
+from inference.lanes import Request, open_lanes
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 256  # of an answer
+LONGEST_CONTEXT = 4096  # for which steps are recorded in idle moments
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
 
 class Chatbot:
-    """Replies to message lists; keeps no history. The n-th reply depends on the seed, on n and on the messages.
+    """Replies to message lists; keeps no history, but what it has read of a dialogue it does not read again.
+
+    The n-th reply without a seed of its own depends on the chatbot's seed, on n and on the messages.
+
+    Args:
+        sampling: of every reply that does not bring another.
+        num_slots: replies that are decoded together.
+        max_waiting: replies that may wait for a place.
 
     Raises:
         UserError: the model's context has no room for a prompt beside ``sampling.max_new_tokens``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        seed: int | None = None,
+        *,
+        num_slots: int = 1,
+        max_waiting: int = 100,
     ):
         banned = banned_token_ids(tokenizer, model.get_input_embeddings().num_embeddings)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.sampling = dataclasses.replace(sampling, banned_ids=banned)
-        self.prompt_budget = (max_positions(model.config) or math.inf) - sampling.max_new_tokens
-        if self.prompt_budget < 1:
+        self.context = max_positions(model.config) or math.inf
+        if self.context <= sampling.max_new_tokens:
             raise UserError(
                 f"--max_new_tokens {sampling.max_new_tokens} leaves no room for a message: the model has "
-                f"{max_positions(model.config)} positions in all; give a smaller number"
+                f"{self.context} positions in all; give a smaller number"
             )
+        longest = int(min(self.context, LONGEST_CONTEXT))
+        self.lanes = open_lanes(self.model, tokenizer.eos_token_id, num_slots, longest, self.sampling)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self.decoder = Decoder(self.lanes, tokenizer.eos_token_id, max_waiting, size)
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed % 2**63)
 
-    def reply(self, messages: Sequence[Message]) -> "Reply":
-        """The answer to the last message, a user's, of a dialogue that may begin with a system message.
+    def prompt_ids(self, messages: Sequence[Message], sampling: Sampling | None = None) -> tuple[list[int], int]:
+        """(the ids that the model reads, oldest turns left out so that its answer fits the context).
 
         Raises:
             UserError: the last message does not fit the context, or the template cannot render the dialogue.
         """
-        ids, num_dropped = trim_history(self.tokenizer, messages, self.prompt_budget)
-        device = self.model.device
-        input_ids = torch.tensor([ids], device=device)
-        uniforms = torch.rand(1, self.sampling.max_new_tokens, generator=self._generator).to(device)
-        eos = self.tokenizer.eos_token_id
-        steps = decode(self.model, input_ids, torch.ones_like(input_ids), self.sampling, uniforms, eos)
-        return Reply((int(tokens) for _, tokens, _ in steps), self.tokenizer, num_dropped)
+        return trim_history(self.tokenizer, messages, self.context - (sampling or self.sampling).max_new_tokens)
+
+    def uniforms(self, count: int, num_tokens: int, seed: int | None = None) -> torch.Tensor:
+        """(count, num_tokens): the random numbers of so many replies, by ``seed`` those of a rollout of that seed."""
+        if seed is not None:
+            return row_uniforms(count, num_tokens, seed)
+        return torch.rand(count, num_tokens, generator=self._generator)
+
+    def start(self, ids: list[int], uniforms: torch.Tensor, emit: Emit, sampling: Sampling | None = None) -> Ticket:
+        """Have an answer to these ids decoded; ``emit`` gets its tokens, from another thread.
+
+        Raises:
+            TooManyWaiting: as many wait already as may.
+        """
+        chosen = dataclasses.replace(sampling or self.sampling, banned_ids=self.sampling.banned_ids)
+        return self.decoder.submit(Request(ids, chosen, uniforms), emit)
+
+    def reply(self, messages: Sequence[Message], sampling: Sampling | None = None) -> "Reply":
+        """The answer to the last message, a user's, of a dialogue that may begin with a system message.
+
+        Raises:
+            UserError: see `prompt_ids`.
+        """
+        return self.replies(messages, 1, sampling)[0]
+
+    def replies(self, messages: Sequence[Message], count: int, sampling: Sampling | None = None) -> "list[Reply]":
+        """So many answers to the same message, decoded together as far as there are slots."""
+        chosen = sampling or self.sampling
+        ids, num_dropped = self.prompt_ids(messages, chosen)
+        rows = self.uniforms(count, chosen.max_new_tokens)
+        return [Reply(self._tokens(ids, row, chosen), self.tokenizer, num_dropped) for row in rows]
+
+    def _tokens(self, ids: list[int], uniforms: torch.Tensor, sampling: Sampling) -> Iterator[int]:
+        """Begins at once, not when the first token is asked for."""
+        drawn: queue.SimpleQueue[int | None | Exception] = queue.SimpleQueue()
+        ticket = self.start(ids, uniforms, drawn.put, sampling)
+
+        def tokens() -> Iterator[int]:
+            try:
+                while (token := drawn.get()) is not None:
+                    if isinstance(token, Exception):
+                        raise token
+                    yield token
+            finally:
+                ticket.cancel()
+
+        return tokens()
 
 
 class Reply:
@@ -176,6 +238,8 @@ def load_chatbot(
     dtype: str = "auto",
     device: str = "auto",
     chat_template: str = "auto",
+    num_slots: int = 1,
+    max_waiting: int = 100,
 ) -> Chatbot:
     """From a policy directory or a hub name, with the chat template that is stored with the model.
 
@@ -191,7 +255,7 @@ def load_chatbot(
     if not sampling.max_new_tokens:
         room = (max_positions(model.config) or 2 * DEFAULT_NEW_TOKENS) // 2
         sampling = dataclasses.replace(sampling, max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
-    return Chatbot(model.to(where), tokenizer, sampling, seed)
+    return Chatbot(model.to(where), tokenizer, sampling, seed, num_slots=num_slots, max_waiting=max_waiting)
 
 
 def resolve_device(name: str) -> torch.device:
