@@ -16,13 +16,13 @@ from dschat.models.load import load_causal_lm, max_positions, resolve_dtype
 from dschat.rlhf.rollout import Sampling, banned_token_ids, row_uniforms
 from inference.decoder import Decoder, Emit, Ticket
 from inference.lanes import Request, open_lanes
+from inference.replies import Reply
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 256  # of an answer
 LONGEST_CONTEXT = 4096  # for which steps are recorded in idle moments
-UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
 
 class Chatbot:
@@ -69,8 +69,13 @@ class Chatbot:
         else:
             self._generator.manual_seed(seed % 2**63)
 
+    @property
+    def note(self) -> str:
+        """Why it is not decoded by the fast way, if so."""
+        return self.lanes.note
+
     def prompt_ids(self, messages: Sequence[Message], sampling: Sampling | None = None) -> tuple[list[int], int]:
-        """(the ids that the model reads, oldest turns left out so that its answer fits the context).
+        """(the ids that the model reads, how many of the oldest turns are left out so that the answer fits too).
 
         Raises:
             UserError: the last message does not fit the context, or the template cannot render the dialogue.
@@ -105,10 +110,10 @@ class Chatbot:
         chosen = sampling or self.sampling
         ids, num_dropped = self.prompt_ids(messages, chosen)
         rows = self.uniforms(count, chosen.max_new_tokens)
-        return [Reply(self._tokens(ids, row, chosen), self.tokenizer, num_dropped) for row in rows]
+        return [self._begin(ids, row, chosen, num_dropped) for row in rows]
 
-    def _tokens(self, ids: list[int], uniforms: torch.Tensor, sampling: Sampling) -> Iterator[int]:
-        """Begins at once, not when the first token is asked for."""
+    def _begin(self, ids: list[int], uniforms: torch.Tensor, sampling: Sampling, num_dropped: int) -> "Reply":
+        """Its tokens are drawn from now on, whether or not anybody reads them."""
         drawn: queue.SimpleQueue[int | None | Exception] = queue.SimpleQueue()
         ticket = self.start(ids, uniforms, drawn.put, sampling)
 
@@ -121,80 +126,7 @@ class Chatbot:
             finally:
                 ticket.cancel()
 
-        return tokens()
-
-
-class Reply:
-    """Iterate once for the pieces of text. ``text`` is what was said so far; ``finished``: ended by itself, with EOS.
-
-    ``num_dropped`` is the number of oldest turns that the model did not see because they no longer fit.
-    """
-
-    def __init__(self, token_ids: Iterator[int], tokenizer: PreTrainedTokenizerBase, num_dropped: int = 0):
-        self.num_dropped = num_dropped
-        self.finished = False
-        self.text = ""
-        self._pieces = self._read(token_ids, tokenizer)
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def _read(self, token_ids: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-        stream = TextStream(tokenizer)
-        for token_id in token_ids:
-            if token_id == tokenizer.eos_token_id:
-                self.finished = True
-                break
-            yield from self._say(stream.push(token_id))
-        yield from self._say(stream.flush())
-
-    def _say(self, piece: str) -> Iterator[str]:
-        if piece:
-            self.text += piece
-            yield piece
-
-
-class TextStream:
-    """Token ids in, stable text out: the pieces joined are the decoded text of all ids, stripped at both ends.
-
-    A character whose bytes are spread over several tokens comes out once it is whole, white space once something
-    follows it. Only the ids since the last piece but one are decoded again: the ones in front let a tokenizer that
-    drops a leading space see that this is not the beginning.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self._context: list[int] = []  # already out
-        self._waiting: list[int] = []
-        self._started = False
-        self._space = ""
-
-    def push(self, token_id: int) -> str:
-        self._waiting.append(token_id)
-        new = self._new_text()
-        if not new or new.endswith(UNFINISHED):
-            return ""
-        self._context, self._waiting = self._waiting, []
-        return self._without_outer_space(new)
-
-    def flush(self) -> str:
-        """What still waits, be it half a character."""
-        return self._without_outer_space(self._new_text()) if self._waiting else ""
-
-    def _new_text(self) -> str:
-        return self._decode(self._context + self._waiting)[len(self._decode(self._context)) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    def _without_outer_space(self, text: str) -> str:
-        text = self._space + text if self._started else text.lstrip()
-        piece = text.rstrip()
-        self._space = text[len(piece) :]
-        self._started = self._started or bool(piece)
-        return piece
+        return Reply(tokens(), self.tokenizer, num_dropped, ticket.cancel)
 
 
 def trim_history(
@@ -256,6 +188,15 @@ def load_chatbot(
         room = (max_positions(model.config) or 2 * DEFAULT_NEW_TOKENS) // 2
         sampling = dataclasses.replace(sampling, max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
     return Chatbot(model.to(where), tokenizer, sampling, seed, num_slots=num_slots, max_waiting=max_waiting)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path, without the folders that all of them begin with."""
+    parts = [Path(path).parts for path in paths]
+    shared = 0
+    while len(parts) > 1 and len({part[: shared + 1] for part in parts}) == 1:
+        shared += 1
+    return [str(Path(*part[shared:])) if part[shared:] else path for part, path in zip(parts, paths, strict=True)]
 
 
 def resolve_device(name: str) -> torch.device:
