@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 MAX_REQUEST_BYTES = 2**19
 MAX_DRAINED_BYTES = 2**26  # of a request that is too large: read to its end, so that its sender can hear why
-PUBLIC = frozenset({"/", "/page/chat.js", "/page/chat.css", "/page/markup.js", "/health"})  # hold no secret
+PUBLIC = frozenset({"/", "/page/chat.js", "/page/chat.css", "/health"})  # hold no secret
 
 
 class ApiError(Exception):

@@ -96,7 +96,9 @@ class Page:
         blind = bool(body.get("blind")) and len(names) == 2
         if blind and secrets.randbelow(2):
             names, bots = names[::-1], bots[::-1]
-        asked = read_request(body, bots[0].sampling, self.api.system, frozenset({"models", "blind"}))
+        asked = read_request(
+            body, bots[0].sampling, "", frozenset({"models", "blind"})
+        )  # the page sends its own system prompt
         try:
             found = [await run_in_threadpool(bot.prompt_ids, asked.messages, asked.sampling) for bot in bots]
         except UserError as error:

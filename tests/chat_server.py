@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,6 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.models.load import load_causal_lm, load_scorer, save_model
 from tests.conftest import ROOT
 
-import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
@@ -40,10 +41,9 @@ def save_script_model(tokenizer, directory: str) -> None:
     save_model(model, tokenizer, directory)
 
 
-@pytest.fixture(scope="session")
-def chat_server(model_dirs, tmp_path_factory):
-    root = tmp_path_factory.mktemp("chat")
-    policy = model_dirs("llama")
+@contextmanager
+def run_server(policy: str, root: Path) -> Iterator[Server]:
+    """``policy``: a model's directory. ``root``: an empty one."""
     tokenizer = load_tokenizer(policy)
     save_model(load_causal_lm(policy, tokenizer, dtype=torch.float32), tokenizer, str(root / "policy"))
     save_model(load_scorer(policy, tokenizer, dtype=torch.float32), tokenizer, str(root / "reward"))
