@@ -52,9 +52,8 @@ def start_up_seconds(path: str) -> float:
 
 def first_token_ms(client: OpenAI, model: str, question: str, seed: int) -> float:
     begin = time.perf_counter()
-    stream = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], seed=seed, stream=True
-    )
+    messages = [{"role": "user", "content": question}]
+    stream = client.chat.completions.create(model=model, messages=messages, seed=seed, stream=True)
     for chunk in stream:
         if chunk.choices and chunk.choices[0].delta.content:
             break
@@ -80,9 +79,8 @@ def load(client: OpenAI, model: str, pid: int, num_requests: int) -> None:
             sizes.append(resident_mb(pid))
     count = len(sizes) * AT_ONCE
     print(f"{count} requests, {AT_ONCE} at once: {count} answered, {wrong} other than alone")
-    print(
-        f"resident MB after 50, {count // 2} and {count}: {sizes[0]:.0f}, {sizes[len(sizes) // 2]:.0f}, {sizes[-1]:.0f}"
-    )
+    some = ", ".join(f"{sizes[place]:.0f}" for place in (0, len(sizes) // 2, -1))
+    print(f"resident MB after {AT_ONCE}, after half and after all of them: {some}")
     print(f"{AT_ONCE} at once take {median(seconds):.2f} s (median of {len(seconds)})")
 
 
@@ -101,9 +99,7 @@ def main() -> None:
         client = OpenAI(base_url=url, api_key="none", max_retries=0)
         (model,) = (found.id for found in client.models.list())
         times = [first_token_ms(client, model, question, 0) for _, question in questions("eval")[:20]]
-        print(
-            f"first token after {median(times):.0f} ms (median of 20), {times[0]:.0f} the first time, at most {max(times):.0f}"
-        )
+        print(f"first token after {median(times):.0f} ms (median of {len(times)}), {times[0]:.0f} the first time")
         load(client, model, server.pid, args.requests)
     finally:
         server.terminate()

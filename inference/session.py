@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dschat.data.readers import reader_of
 from dschat.data.records import Message, RecordError, to_example
 from dschat.data.votes import TIE, Candidate, append_vote, vote_record
 from dschat.errors import UserError
@@ -226,6 +225,8 @@ class Session:
             self.screen.note(f"saved {len(messages)} messages to {path}")
 
     def load(self, name: str) -> None:
+        from dschat.data.readers import reader_of  # which imports datasets: seconds, for those who ask
+
         path = Path(name).expanduser()
         try:
             if not name or not path.is_file():
