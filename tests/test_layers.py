@@ -32,6 +32,7 @@ ALLOWED = {
     "dschat": set(),
     "dschat.errors": set(),
     "dschat.remote_code": {"dschat.errors"},
+    "dschat.server": {"dschat.errors"},
     "dschat.config": {"dschat", "dschat.errors", "dschat.remote_code"},
 }
 LIBRARY = set(ALLOWED)
