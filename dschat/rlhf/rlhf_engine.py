@@ -8,8 +8,9 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.ema import EMA
 from dschat.engine.sharded_loading import whole_weights
 from dschat.errors import UserError
+from dschat.models.adapter_files import adapter_base
 from dschat.models.adapters import AdapterScorer, load_merged_scorer
-from dschat.models.load import adapter_base, load_scorer, load_trained_scorer
+from dschat.models.load import load_scorer, load_trained_scorer
 from dschat.models.lora import LoraSpec
 from dschat.models.scorer import Scorer, load_score_stats
 from dschat.models.trunk import critic_on_trunk

@@ -26,8 +26,9 @@ from dschat.engine.workload import SFT, Workload
 from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
+from dschat.models.adapter_files import refuse_other_kind
 from dschat.models.forward import model_inputs
-from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json

@@ -29,7 +29,8 @@ from dschat.engine.workload import SCORER, Workload
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
-from dschat.models.load import REWARD, check_context, load_scorer, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
 from dschat.planning import plan_run
