@@ -49,7 +49,13 @@ def program(key: str) -> Path:
 @functools.cache
 def flag_types(key: str) -> dict[str, str]:
     """The flags of a stage's program that a user may give, read from its source: importing it would import torch."""
-    sources = ("dschat/flags.py", "dschat/rlhf/flags.py", f"training/{STAGES[key].program}")
+    sources = (
+        "dschat/flags.py",
+        "dschat/rlhf/flags.py",
+        "dschat/rlhf/model_flags.py",
+        "dschat/rlhf/monitor_flags.py",
+        f"training/{STAGES[key].program}",
+    )
     found = read_flags([TRAINING.parent / path for path in sources]) | {"config": "str"}
     return {name: kind for name, kind in found.items() if name not in SET_HERE}
 

@@ -29,7 +29,7 @@ from transformers.cache_utils import CacheLayerMixin
 Step = Callable[..., tuple[Tensor, Tensor]]
 _WIDTH = 64  # columns of the cache are read in multiples of so many
 _WIDTHS = 8  # and in so many different widths at most
-_PREFILL_TOKENS = 8192  # of prompts computed at once
+PREFILL_TOKENS = 8192  # of prompts computed at once
 _SMALL_WEIGHTS = 2**27  # bytes up to which each core decodes by itself: they stay in the caches
 
 
@@ -299,7 +299,7 @@ class _Slots:
         self.rows[places] = torch.tensor(rows, device=places.device)
         self.tokens[places] = torch.stack([job.prompts[n][-1] for n in of_prompt])
         self.positions[places], self.steps[places] = lengths - 1, 0
-        chunk = max(1, _PREFILL_TOKENS // int(lengths.max()))
+        chunk = max(1, PREFILL_TOKENS // int(lengths.max()))
         different = sorted(set(of_prompt), key=of_prompt.index)
         for start in range(0, len(different), chunk):
             some = {n: k for k, n in enumerate(different[start : start + chunk])}
