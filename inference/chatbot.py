@@ -12,6 +12,7 @@ from dschat.data.records import Message
 from dschat.data.templates import encode_prompt
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
+from dschat.models.adapter_files import ADAPTER_CONFIG, adapter_base
 from dschat.models.load import load_causal_lm, max_positions, resolve_dtype
 from dschat.rlhf.rollout import Sampling, banned_token_ids, row_uniforms
 from inference.decoder import Decoder, Emit, Ticket, TooManyWaiting
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 256  # of an answer
 LONGEST_CONTEXT = 4096  # for which steps are recorded in idle moments
+MODEL_FILES = ("config.json", ADAPTER_CONFIG)  # either tells a model directory
 
 
 class Chatbot:
@@ -229,8 +231,8 @@ def _check_path(path: str) -> None:
     if path == "toy":
         raise UserError("--path toy: the embedded model has no trained weights; train it with python e2e_rlhf.py")
     if where.is_dir():
-        if not (where / "config.json").is_file():
-            inside = sorted(str(file.parent) for file in where.glob("*/config.json"))
+        if not (where / "config.json").is_file() and not adapter_base(path):
+            inside = sorted({str(file.parent) for name in MODEL_FILES for file in where.glob(f"*/{name}")})
             hint = f"did you mean {' or '.join(inside)}?" if inside else "give a Hugging Face model directory"
             raise UserError(f"--path {path} holds no config.json; {hint}")
     elif where.exists():

@@ -17,6 +17,7 @@ from dschat.rlhf.build import ModelsSpec, create_models
 from dschat.rlhf.rewards import RewardSpec
 from dschat.rlhf.rollout import Sampling, banned_token_ids
 from dschat.rlhf.rollout_engine import create_decoder
+from inference.chatbot import load_chatbot
 from tests.families import FAMILIES, ragged_prompts
 from tests.programs import run
 
@@ -309,6 +310,10 @@ def test_programs_with_adapters_one_after_the_other(model_dirs, data_file, cache
         config = json.loads((ppo / folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == sft
         load(str(ppo / folder), tokenizer, dtype=FP32)
+    bot = load_chatbot(str(ppo / "actor"), Sampling(5, temperature=0.0))
+    assert isinstance("".join(bot.reply([{"role": "user", "content": "hello"}])), str)
+    with pytest.raises(UserError, match="did you mean .*/actor"):
+        load_chatbot(str(ppo), Sampling(5, temperature=0.0))
     with pytest.raises(UserError, match="a model of another kind is here"):
         run("ppo", data_file, cache_dir, ppo, **models, fresh=True)
     merged = run("ppo", data_file, cache_dir, tmp_path / "m", **models, **shared, lora_save_merged=True)

@@ -97,7 +97,7 @@ BY_THE_PROGRAM = {
     *("max_answer_seq_len", "temperature", "kl_coef", "kl_target", "kl_horizon", "best_metric"),
     *("early_stopping_patience", "best_of_n", "self_check", "explain", "allow_weak_reward_model"),
     *("rollout_engine", "old_logprobs", "trust_remote_code", "stall_timeout"),
-    *("checkpoint_interval", "keep_checkpoints", "resume", "fresh"),
+    *("checkpoint_interval", "keep_checkpoints", "resume", "fresh", "dry_run", "calibrate", "plan_for"),
     *("preflight", "preflight_prompts", "preflight_samples", "judge", "preference_data_path"),
     *("max_preference_pairs", "stop_on_overoptimisation"),
 }
