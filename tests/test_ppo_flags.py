@@ -82,6 +82,7 @@ BY_THE_PROGRAM = {
     *("rollout_engine", "old_logprobs", "trust_remote_code", "stall_timeout"),
     *("checkpoint_interval", "keep_checkpoints", "resume", "fresh"),
     *("preflight", "preflight_prompts", "preflight_samples", "judge", "preference_data_path"),
+    "report_to",
     *("max_preference_pairs", "stop_on_overoptimisation"),
 }
 REFUSED = {"top_k", "top_p"}  # any other value than off ends the program

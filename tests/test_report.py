@@ -259,7 +259,7 @@ def browser():
 
 
 def test_a_browser_clicks_through_the_answers(browser, tmp_path):
-    """One visit: what is shown, sorted, filtered, coloured; by keyboard; narrow and dark; nothing runs that was text."""
+    """One visit: what is shown, sorted, filtered, coloured; by keyboard; narrow and dark; no text runs."""
     path = tmp_path / "report.html"
     path.write_text(page([load_run(write_run(tmp_path / "mine", num_prompts=60))]), encoding="utf-8")
     visit = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
