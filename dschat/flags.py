@@ -1,5 +1,6 @@
 """The flags that several programs share, under DeepSpeed-Chat's names where it has them."""
 
+import dataclasses
 import os
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
@@ -10,17 +11,24 @@ from dschat.data.prepare import DataSpec
 from dschat.engine.deepspeed_engine import TrainSpec
 from dschat.engine.run_identity import RunIdentity, content_key
 from dschat.engine.run_state import CheckpointSpec
+from dschat.engine.workload import SCORER, Changes, ModelUse, PassUse, PlanRequest, Workload
 from dschat.errors import UserError
+from dschat.flag_checks import check_lora, check_offload, check_quantized
 
 import torch
 
 TRUST_HELP = "run the Python code that a model or tokenizer brings along, with your rights"
+
+OFFLOAD_HELP = "optimizer states (at ZeRO 3 weights too) in the CPU's memory; needs ZeRO 1 or more"
+ONLY_LORA_HELP = "False also trains what is under no adapter: embeddings, norms, biases; needs lora_save_merged"
+MERGED_HELP = "save whole models, W + B A alpha / dim, in place of adapters"
 
 # Flags that change nothing of what a run computes. The data are told by what is in them, not by where they are.
 WITHOUT_EFFECT = {
     *("output_dir", "checkpoint_interval", "keep_checkpoints", "resume", "fresh", "log_interval", "show_batch"),
     *("data_path", "eval_data_path", "ptx_data_path", "data_output_path", "num_workers", "self_check"),
     *("reward_api_timeout", "reward_api_retries", "allow_weak_reward_model", "stall_timeout", "trust_remote_code"),
+    *("dry_run", "plan_for", "calibrate"),
     *("report_to", "preference_data_path", "preflight", "preflight_prompts", "preflight_samples"),
 }
 # Flags that change rounding alone, as long as an optimizer step and a rollout have as many rows.
@@ -29,7 +37,7 @@ ROUNDING = {
     *("per_device_generation_batch_size", "per_device_training_batch_size", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing"),
     *("zero_stage", "actor_zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
-    "rollout_engine",
+    *("rollout_engine", "offload", "offload_reference_model", "offload_reward_model"),
 }
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -60,9 +68,15 @@ class RunFlags(metaclass=ABCMeta):
         choices=("auto", "required"),
     )
     fresh: bool = flag(False, "start over, whatever checkpoints or finished run output_dir holds")
+    dry_run: bool = flag(False, "say what memory and disk the run needs, and end; exit code 3: it does not fit")
+    plan_for: str = flag("", "dry_run for so many ranks here (2), or GPUs of so many GB (8x80); default: as launched")
+    calibrate: int = flag(0, "dry_run after so many real steps of a copy that is removed again: adds the time")
 
     def __post_init__(self) -> None:
         require_positive(self, "num_train_epochs", "log_interval", "keep_checkpoints")
+        require_not_negative(self, "calibrate")
+        if self.plan_for and (self.calibrate or not self.dry_run):
+            raise UserError("--plan_for goes with --dry_run, and not with --calibrate, whose steps are made here")
         require_not_negative(self, "max_steps", "eval_interval", "max_grad_norm", "checkpoint_interval")
         require_not_negative(self, "stall_timeout")
         if self.fresh and self.resume == "required":
@@ -77,7 +91,36 @@ class RunFlags(metaclass=ABCMeta):
 
     @abstractmethod
     def step_sizes(self, num_ranks: int) -> dict[str, int]:
-        """What the flags in ROUNDING and the number of ranks come to together."""
+        """What the flags in ROUNDING and the number of ranks come to together; first the rows of the data that a step
+        takes."""
+
+    @abstractmethod
+    def workload(self) -> Workload:
+        """What decides the run's memory."""
+
+    @abstractmethod
+    def plan_hints(self) -> tuple[list[str], list[Changes]]:
+        """The flags that say how many rows a pass has; changes of flags that save memory."""
+
+    @property
+    def asks_for_plan(self) -> bool:
+        return self.dry_run or self.calibrate > 0
+
+    def plan_request(self) -> PlanRequest:
+        return PlanRequest(
+            lambda changes: dataclasses.replace(self, **changes).workload(),
+            *self.plan_hints(),
+            plan_for=self.plan_for,
+            num_steps=self.calibrate,
+            output_dir=self.output_dir,
+            count_steps=self.count_steps,
+            eval_interval=self.eval_interval,
+        )
+
+    def count_steps(self, num_rows: int, num_ranks: int) -> int:
+        """Of the whole run on so many rows of data."""
+        rows_per_step = next(iter(self.step_sizes(num_ranks).values()))
+        return self.max_steps or self.num_train_epochs * -(-num_rows // rows_per_step)
 
     def identity(self, data: dict[str, Any], dtype: torch.dtype, num_ranks: int) -> RunIdentity:
         """What this run is, to tell whether a checkpoint or a finished model is of the same one.
@@ -149,7 +192,16 @@ class SupervisedFlags(RunFlags, DataFlags):
     zero_stage: int = flag(
         0, "DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 gradients, 3 weights are sharded", choices=ZERO_STAGES
     )
+    offload: bool = flag(False, OFFLOAD_HELP)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    lora_dim: int = flag(0, "train adapters of this rank (LoRA) and the head, if any; 0: the whole model")
+    lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
+    lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
+    lora_learning_rate: float = flag(5e-4, "of the adapters, peak; the head's is learning_rate")
+    only_optimize_lora: bool = flag(True, ONLY_LORA_HELP)
+    lora_save_merged: bool = flag(False, MERGED_HELP)
+    load_in_4bit: bool = flag(False, "the frozen weights under the adapters in 4 bits (NF4; QLoRA), on a GPU")
+    load_in_8bit: bool = flag(False, "the same in 8 bits")
     dropout: float | None = flag(None, "every dropout of the model; default: as its config says")
 
     def __post_init__(self) -> None:
@@ -166,6 +218,11 @@ class SupervisedFlags(RunFlags, DataFlags):
         require_not_negative(self, "weight_decay", "num_warmup_steps", "max_tokens_per_batch")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout}: expected a probability of at least 0 and below 1")
+        check_lora(self, "")
+        check_offload("--offload", self.offload, "--zero_stage", self.zero_stage)
+        check_quantized(self, "zero_stage")
+        if self.lora_dim and self.model_name_or_path == "toy":
+            raise UserError("--lora_dim needs a trained trunk, which toy is not; give the directory of step 1")
 
     def inputs(self) -> dict[str, str]:
         return {"model_name_or_path": self.model_name_or_path}
@@ -173,6 +230,55 @@ class SupervisedFlags(RunFlags, DataFlags):
     def step_sizes(self, num_ranks: int) -> dict[str, int]:
         per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return {"rows of an optimizer step, of all ranks,": per_rank * num_ranks}
+
+    @property
+    def quantization(self) -> str | None:
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+
+    def lora_shape(self) -> tuple[int, int | None, str, bool]:
+        """What `dschat.models.lora.LoraSpec` is made of."""
+        return self.lora_dim, self.lora_alpha, self.lora_module_name, self.only_optimize_lora
+
+    def supervised_workload(self, title: str, kind: str, num_sequences: int = 1, response_size: int = 0) -> Workload:
+        """``num_sequences``: of a row of the data."""
+        length = self.max_seq_len
+        rows, eval_rows = self.per_device_train_batch_size, self.per_device_eval_batch_size * num_sequences
+        if self.max_tokens_per_batch:
+            rows *= self.gradient_accumulation_steps  # those of a step, cut by tokens
+            rows = min(rows * num_sequences, max(num_sequences, self.max_tokens_per_batch // length))
+        else:
+            rows *= num_sequences
+        model = ModelUse(
+            "model",
+            self.model_name_or_path,
+            is_scorer=kind == SCORER,
+            zero_stage=self.zero_stage,
+            checkpointing=self.gradient_checkpointing,
+            accumulates=self.gradient_accumulation_steps > 1,
+            offload=self.offload,
+            lora=self.lora_shape(),
+            quantized_bits=4 if self.load_in_4bit else 8 if self.load_in_8bit else 0,
+        )
+        passes = [PassUse("train", "model", kind, rows, length, response_size, train=True)]
+        passes.append(PassUse("evaluate", "model", kind, eval_rows, length, response_size))
+        checkpoints = self.keep_checkpoints if self.checkpoint_interval else 0
+        return Workload(title, self.dtype, (model,), tuple(passes), checkpoints, (length, "--max_seq_len"))
+
+    def plan_hints(self) -> tuple[list[str], list[Changes]]:
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        changes: list[Changes] = [
+            {"gradient_checkpointing": True},
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows},
+            {"per_device_eval_batch_size": 1},
+            {"max_seq_len": self.max_seq_len // 2},
+            {"zero_stage": 2},
+            {"zero_stage": 3},
+            {"zero_stage": max(2, self.zero_stage), "offload": True},
+            {"lora_dim": self.lora_dim or 64},
+            {"dtype": "bf16"},
+        ]
+        flag_name = "max_tokens_per_batch" if self.max_tokens_per_batch else "per_device_train_batch_size"
+        return [flag_name], changes
 
     def train_spec(self, num_steps: int) -> TrainSpec:
         return TrainSpec(
@@ -184,6 +290,8 @@ class SupervisedFlags(RunFlags, DataFlags):
             max_grad_norm=self.max_grad_norm,
             zero_stage=self.zero_stage,
             gradient_checkpointing=self.gradient_checkpointing,
+            lora_learning_rate=self.lora_learning_rate,
+            offload=self.offload,
         )
 
 
@@ -256,8 +364,6 @@ REMOVED = {
     "actor_dropout": "dropout is off in step 3, where it would make every log-probability random; drop the flag",
     "critic_dropout": "dropout is off in step 3, where it would make every value random; drop the flag",
     "preprocessing_num_workers": "use --num_workers",
-    "lora_learning_rate": "with --lora_dim only adapters and head are trained; use --learning_rate",
-    "only_optimize_lora": "--lora_dim trains adapters and head only; drop the flag",
     "unsupervised_dataset_name": "use --ptx_data_path, in any of the shapes of --data_path",
     "unsupervised_dataset_config_name": "use --ptx_data_path, in any of the shapes of --data_path",
     "reload": "the cache is keyed by content and is never stale; drop the flag",

@@ -9,9 +9,9 @@ from dschat.data import toy
 from dschat.data.templates import encode_prompt
 from dschat.data.tokenizer import train_tokenizer
 from dschat.errors import UserError
-from dschat.models.adapters import create_lora_scorer, save_adapter
 from dschat.models.load import load_scorer, save_model
-from dschat.models.scorer import save_score_stats
+from dschat.models.lora import LoraSpec, add_lora, save_adapter
+from dschat.models.scorer import Scorer, save_score_stats
 from dschat.rlhf import answers, judges
 from dschat.rlhf.answers import AnswerSpec, beam_answers, best_of, num_tokens, prompt_rows, sample_answers
 from dschat.rlhf.judges import check_judge, create_judge, judge_spec
@@ -341,18 +341,19 @@ def test_an_adapter_judges_on_the_trunk_that_it_was_trained_on(
 ):
     base = model_dirs("gpt2")
     torch.manual_seed(1)
-    scorer = create_lora_scorer(load_scorer(base, tokenizer, dtype=FP32, dropout=0.0), 4, 8, "auto")
-    for name, parameter in scorer.named_parameters():
+    classifier = load_scorer(base, tokenizer, dtype=FP32, dropout=0.0)
+    add_lora(classifier, LoraSpec(4, 8))
+    for name, parameter in classifier.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    save_adapter(scorer, tokenizer, str(tmp_path), base)
+    save_adapter(classifier, tokenizer, str(tmp_path), base)
     save_score_stats(str(tmp_path), 1.0, 4.0)
     samples = sample_answers(llama, tokenizer, rows, few(tokenizer, llama), 1)
     with torch.no_grad():
         expected = []
         for ids in samples.token_ids:
             ids = torch.tensor([ids])
-            expected.append((scorer.eval()(ids, torch.ones_like(ids))[0, -1].item() - 1) / 4)
+            expected.append((Scorer(classifier.eval())(ids, torch.ones_like(ids))[0, -1].item() - 1) / 4)
     for spec in (str(tmp_path), f"lora:{tmp_path}"):
         assert create_judge(spec, tokenizer, **ON)(samples).scores == pytest.approx(expected, abs=1e-4)
         check_judge(spec, tokenizer, [])

@@ -46,7 +46,7 @@ def test_every_flag_of_step_3_is_in_its_page():
 def test_every_flag_that_the_page_of_step_3_names_exists():
     text = (DOCS / "ppo.md").read_text(encoding="utf-8")
     known = {field.name for field in dataclasses.fields(PPOFlags)} | {"lora_dim", "model_name_or_path"}
-    named = set(re.findall(r"--(?:no-)?([a-z][a-z_]+)", text))
+    named = set(re.findall(r"--(?:no-)?([a-z][a-z0-9_]+)", text))
     assert named - known == set()
 
 

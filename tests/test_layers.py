@@ -15,13 +15,24 @@ ALLOWED = {
     "dschat.report": BASE,
     "dschat.data": BASE | {"dschat.functional"},
     "dschat.engine": BASE | {"dschat.functional"},
-    "dschat.models": BASE | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.report", "dschat.flags"},
-    "dschat.flags": BASE | {"dschat.data", "dschat.engine"},
+    "dschat.models": BASE | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.report"},
+    "dschat.flag_checks": BASE,
+    "dschat.flags": BASE | {"dschat.flag_checks", "dschat.data", "dschat.engine"},
     "dschat.rlhf": BASE
-    | {"dschat.functional", "dschat.data", "dschat.engine", "dschat.models", "dschat.report", "dschat.flags"},
+    | {
+        "dschat.functional",
+        "dschat.data",
+        "dschat.engine",
+        "dschat.models",
+        "dschat.report",
+        "dschat.flags",
+        "dschat.flag_checks",
+    },
+    "dschat.planning": BASE | {"dschat.engine", "dschat.models", "dschat.report"},
     "dschat": set(),
     "dschat.errors": set(),
     "dschat.remote_code": {"dschat.errors"},
+    "dschat.server": {"dschat.errors"},
     "dschat.config": {"dschat", "dschat.errors", "dschat.remote_code"},
 }
 LIBRARY = set(ALLOWED)

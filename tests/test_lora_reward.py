@@ -10,10 +10,12 @@ from dschat.data.loader import collate_rankings
 from dschat.data.tokenizer import load_tokenizer, train_tokenizer
 from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine, save_weights
 from dschat.engine.distributed import init_runtime
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
-from dschat.models import adapters
-from dschat.models.adapters import add_adapter_reward, create_lora_scorer, load_merged_scorer, save_adapter
+from dschat.models import adapters, lora
+from dschat.models.adapters import add_adapter_reward, load_merged_scorer
 from dschat.models.load import load_causal_lm, load_scorer, save_model
+from dschat.models.lora import save_adapter
 from dschat.models.scorer import Scorer, last_token_values, load_score_stats, save_score_stats
 from dschat.rlhf.reward_lora import LoraReward
 from dschat.rlhf.rewards import Samples
@@ -31,6 +33,11 @@ FP32 = torch.float32
 DIM = 4
 
 
+def create_lora_scorer(classifier, dim: int, alpha: int | None = None, module_name: str = "auto") -> Scorer:
+    lora.add_lora(classifier, lora.LoraSpec(dim, alpha, module_name))
+    return Scorer(classifier)
+
+
 @pytest.fixture(scope="module")
 def runtime():
     return init_runtime(0)
@@ -44,7 +51,12 @@ def trained(model_dirs, data_file, cache_dir, tmp_path_factory):
 
     def directory(family: str) -> str:
         if family not in made:
-            flags = {"model_name_or_path": model_dirs(family), "learning_rate": 3e-2, "lora_dim": DIM}
+            flags = {
+                "model_name_or_path": model_dirs(family),
+                "learning_rate": 3e-2,
+                "lora_learning_rate": 3e-2,
+                "lora_dim": DIM,
+            }
             made[family] = programs.run("reward", data_file, cache_dir, root / family, **flags)
         return made[family]
 
@@ -146,10 +158,10 @@ def train_steps(family: str, directory: Path, model_dirs, tokenizer, runtime, **
     scorer = create_lora_scorer(classifier, DIM)
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in scorer.named_parameters()}
     stage = options.pop("stage", 0)
-    spec = TrainSpec(1e-2, 0.0, "constant", 0, 3, 0.0, stage, **options)
+    spec = TrainSpec(1e-2, 0.0, "constant", 0, 3, 0.0, stage, lora_learning_rate=1e-2, **options)
     engine = create_train_engine(scorer, spec, dtype=FP32, runtime=runtime)
     for batches in batches_of(tokenizer, 3):
-        programs.program("reward").train_step(engine, batches, {}, runtime)
+        programs.program("reward").train_step(engine, batches, {}, MicroBatches(runtime), runtime)
 
     def save(whole) -> None:
         after = dict(whole.named_parameters())
@@ -158,7 +170,7 @@ def train_steps(family: str, directory: Path, model_dirs, tokenizer, runtime, **
             assert is_trained == (".lora_" in name or name == "model.score.weight")
             assert torch.equal(after[name].cpu(), weight) != is_trained, name
         directory.mkdir()
-        save_adapter(whole, tokenizer, str(directory), model_dirs(family))
+        save_adapter(whole.model, tokenizer, str(directory), model_dirs(family))
 
     save_weights(engine, save, runtime)
     return load_file(str(directory / "adapter_model.safetensors"))
@@ -188,9 +200,9 @@ def test_adapters_start_without_effect_and_count_alpha_over_dim(model_dirs, toke
         scorer = create_lora_scorer(classifier, DIM, alpha=12)
         assert torch.equal(scorer(ids, mask), before)
         layer = classifier.get_submodule("model.layers.0.self_attn.q_proj")
-        torch.nn.init.ones_(layer.lora_B[adapters.NAME].weight)
+        torch.nn.init.ones_(layer.lora_B[lora.NAME].weight)
         x = torch.randn(3, 32)
-        expected = x @ layer.base_layer.weight.T + 12 / DIM * (x @ layer.lora_A[adapters.NAME].weight.T).sum(-1, True)
+        expected = x @ layer.base_layer.weight.T + 12 / DIM * (x @ layer.lora_A[lora.NAME].weight.T).sum(-1, True)
         assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
@@ -211,7 +223,7 @@ def test_auto_is_every_linear_layer_of_the_blocks_and_a_reference_of_every_famil
     base, out = str(tmp_path / "base"), str(tmp_path / "adapter")
     save_model(tiny_model(family, tokenizer), tokenizer, base)
     classifier = load_scorer(base, tokenizer, dtype=FP32, dropout=0.0).eval()
-    found = [name.rsplit(".", 1)[-1] for name in adapters.adapted_layers(classifier, "auto")]
+    found = [name.rsplit(".", 1)[-1] for name in lora.adapted_layers(classifier, "auto")]
     assert sorted(found) == sorted(2 * LAYERS[family])
     scorer = create_lora_scorer(classifier, DIM)
     with torch.no_grad():
@@ -219,7 +231,7 @@ def test_auto_is_every_linear_layer_of_the_blocks_and_a_reference_of_every_famil
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     Path(out).mkdir()
-    save_adapter(scorer, tokenizer, out, base)
+    save_adapter(scorer.model, tokenizer, out, base)
     save_score_stats(out, 0.3, 1.7)
     reward = add_adapter_reward(load_causal_lm(base, tokenizer, dtype=FP32), out)
     ids, mask = ragged_prompts(tokenizer)
@@ -241,14 +253,14 @@ def test_the_recorded_base_does_not_depend_on_the_working_directory(model_dirs, 
     monkeypatch.chdir(base.parent)
     scorer = create_lora_scorer(sequence_classifier("gpt2", tokenizer), DIM)
     for given, recorded in ((base.name, str(base.resolve())), ("some/hub-name", "some/hub-name")):
-        save_adapter(scorer, tokenizer, str(tmp_path), given)
+        save_adapter(scorer.model, tokenizer, str(tmp_path), given)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == recorded
 
 
 def test_lora_module_name_picks_layers_by_parts_of_their_names(tokenizer):
     model = tiny_model("opt", tokenizer)
-    picked = {name: adapters.adapted_layers(model, name) for name in ("q_proj, v_proj", "decoder.layers.", "auto")}
+    picked = {name: lora.adapted_layers(model, name) for name in ("q_proj, v_proj", "decoder.layers.", "auto")}
     assert picked["decoder.layers."] == picked["auto"]  # DeepSpeed-Chat's default, made for OPT
     assert len(picked["q_proj, v_proj"]) == 4 and all(
         name.endswith(("q_proj", "v_proj")) for name in picked["q_proj, v_proj"]
@@ -258,14 +270,14 @@ def test_lora_module_name_picks_layers_by_parts_of_their_names(tokenizer):
     assert names == {f"model.transformer.h.{layer}.attn.c_proj" for layer in (0, 1)}  # not the c_proj of the MLP
     for wrong in ("q_proj,attn_qkv", "lm_head", "", "q_proj,"):
         with pytest.raises(UserError, match="fc1, fc2, k_proj, out_proj, q_proj, v_proj"):
-            adapters.adapted_layers(model, wrong)
+            lora.adapted_layers(model, wrong)
 
 
 def test_the_table_says_how_many_parameters_are_trained(tokenizer):
     """By hand: 2 blocks x (4 x 32 -> 96, 32 -> 32, 32 -> 128, 128 -> 32), rank 4, of a GPT-2 of width 32."""
     model = sequence_classifier("gpt2", tokenizer)
     trunk = sum(p.numel() for p in model.transformer.parameters())
-    text = adapters.trained_table(create_lora_scorer(model, 4))
+    text = lora.trained_table(create_lora_scorer(model, 4))
     num_adapters = 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
     numbers = {line.split("  ")[0].strip(): line.split()[-3:] for line in text.splitlines()[2:]}
     assert numbers["adapters"][:2] == [f"{num_adapters:,}"] * 2
@@ -294,7 +306,13 @@ def test_flags_that_make_no_sense_are_refused(flags, expected, model_dirs, data_
 def test_the_flags_have_an_effect_and_the_table_is_printed(
     trained, model_dirs, data_file, cache_dir, tmp_path, capsys
 ):
-    flags = {"model_name_or_path": model_dirs("llama"), "learning_rate": 3e-2, "lora_dim": DIM, "max_steps": 2}
+    flags = {
+        "model_name_or_path": model_dirs("llama"),
+        "learning_rate": 3e-2,
+        "lora_learning_rate": 3e-2,
+        "lora_dim": DIM,
+        "max_steps": 2,
+    }
     out = programs.run("reward", data_file, cache_dir, tmp_path / "a", **flags, lora_alpha=32, zero_stage=3)
     text = capsys.readouterr().out
     assert "score head" in text and "together" in text

@@ -3,7 +3,8 @@
 import dataclasses
 
 from dschat.errors import UserError
-from dschat.rlhf.flags import PPOFlags, frozen_stage
+from dschat.rlhf.flags import PPOFlags
+from dschat.rlhf.model_flags import frozen_stage
 
 import pytest
 
@@ -13,6 +14,13 @@ BASE = {
     "actor_model_name_or_path": "actor",
     "critic_model_name_or_path": "critic",
 }
+
+
+def lora_of(role: str) -> dict:
+    given = {"alpha": 3, "module_name": "q_proj", "learning_rate": 1e-3}
+    found = {f"{role}_lora_{name}": (value, {f"{role}_lora_dim": 4}) for name, value in given.items()}
+    return found | {f"{role}_lora_dim": (4, {})}
+
 
 # flag -> another value and, if it needs them, the flags beside it
 OTHERS = {
@@ -59,6 +67,15 @@ OTHERS = {
     "critic_zero_stage": (2, {}),
     "reference_zero_stage": (3, {}),
     "reward_zero_stage": (3, {}),
+    "offload": (True, {"actor_zero_stage": 2, "critic_zero_stage": 2}),
+    "offload_reference_model": (True, {"reference_zero_stage": 3}),
+    "offload_reward_model": (True, {"reward_zero_stage": 3}),
+    **{name: value for role in ("actor", "critic") for name, value in lora_of(role).items()},
+    "only_optimize_lora": (False, {"actor_lora_dim": 4, "lora_save_merged": True}),
+    "lora_save_merged": (True, {"actor_lora_dim": 4}),
+    "share_trunk": (True, {"actor_lora_dim": 4, "critic_lora_dim": 4, "reward": ["lora:x"]}),
+    "load_in_4bit": (True, {"actor_lora_dim": 4}),
+    "load_in_8bit": (True, {"actor_lora_dim": 4}),
     "unsup_coef": (1.0, {"ptx_data_path": ["toy"]}),
     "ptx_data_path": (["toy"], {}),
     "enable_ema": (True, {}),
@@ -121,8 +138,10 @@ def test_the_fields_of_the_specs_by_name():
     given = {
         name: value
         for name, (value, _) in OTHERS.items()
-        if name not in ("advantage_estimator", "kl_penalty", "kl_in")
+        if name not in ("advantage_estimator", "kl_penalty", "kl_in", "share_trunk", "load_in_4bit", "load_in_8bit")
+        and not name.startswith("offload_reference")
     }
+    given["reference_zero_stage"] = 2  # under LoRA it is the actor's
     config = flags(**given, kl_in="loss", kl_penalty="k3")
     models, shaping, update, data, ptx = specs(config)
     for spec in (shaping, update, data, models):
@@ -135,9 +154,13 @@ def test_the_fields_of_the_specs_by_name():
     assert (models.actor_path, models.critic_path) == ("other", "other")
     assert [(r.kind, r.target, r.weight) for r in models.rewards] == [("full", "x", 0.5)]
     assert (models.api_timeout, models.api_retries, models.ema_decay) == (1.5, 2, 0.5)
-    assert (models.reference_stage, models.reward_stage, models.micro_batch_size) == (3, 3, 2)
+    assert (models.reference_stage, models.reward_stage, models.micro_batch_size) == (2, 3, 2)
+    assert models.offload_reward and models.save_merged
+    for lora in (models.actor_lora, models.critic_lora):
+        assert (lora.dim, lora.alpha, lora.module_name, lora.only) == (4, 3, "q_proj", False)
     for spec, model in ((models.actor, "actor"), (models.critic, "critic")):
         assert spec.learning_rate == 1e-3 and spec.weight_decay == 0.1 and spec.zero_stage == 2, model
+        assert spec.lora_learning_rate == 1e-3 and spec.offload, model
         assert spec.max_grad_norm == 0.5 and spec.gradient_checkpointing and spec.num_warmup_steps == 3, model
     assert ptx.data_path == ("toy",) and ptx.data_split == "1,0,0" and ptx.seed == 5
 
@@ -167,7 +190,14 @@ def test_defaults_that_depend_on_other_flags():
         opposite = flags(advantage_estimator=estimator, num_samples_per_prompt=2, whiten_advantages=not whitens)
         assert opposite.shaping().whiten_advantages != whitens
     assert flags().models_spec(1, 1).ema_decay is None and flags().update_spec(1).dual_clip is None
-    assert [frozen_stage(None, stage) for stage in (0, 1, 2, 3)] == [0, 0, 0, 3] and frozen_stage(0, 3) == 0
+    assert [frozen_stage(None, stage, False) for stage in (0, 1, 2, 3)] == [0, 0, 0, 3]
+    assert frozen_stage(0, 3, False) == 0 and frozen_stage(None, 0, True) == 3
+    shared = flags(share_trunk=True, actor_lora_dim=4, critic_lora_dim=4).models_spec(1, 1)
+    assert [(r.kind, r.target) for r in shared.rewards] == [("lora", "critic")] and shared.share_trunk
+    assert [flags(actor_lora_dim=4, **{f"load_in_{bits}": True}).quantization for bits in ("4bit", "8bit")] == [
+        "4bit",
+        "8bit",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +224,28 @@ def test_defaults_that_depend_on_other_flags():
         ({"temperature": 0.0}, "--temperature 0.0"),
         ({"missing_eos_penalty": -1.0}, "--missing_eos_penalty -1.0"),
         ({"eval_fraction": 1.5}, "--eval_fraction 1.5"),
+        ({"offload": True}, "give --actor_zero_stage 1, 2 or 3"),
+        ({"offload": True, "actor_zero_stage": 1}, "give --critic_zero_stage 1, 2 or 3"),
+        ({"offload_reference_model": True, "reference_zero_stage": 0}, "at ZeRO 3 only; drop --reference_zero_stage"),
+        ({"offload_reward_model": True, "reward": ["api:http://y"]}, "no reward is a full model"),
+        ({"offload_reference_model": True, "actor_lora_dim": 4}, "the reference has no weights; use --offload"),
+        ({"reference_zero_stage": 3, "actor_lora_dim": 4}, "is the actor's weights; drop it"),
+        ({"actor_lora_alpha": 8}, "without --actor_lora_dim above 0"),
+        ({"critic_lora_learning_rate": 1e-3}, "without --critic_lora_dim above 0"),
+        ({"critic_lora_dim": 4, "advantage_estimator": "reinforce_pp"}, "--critic_lora_dim needs a critic"),
+        ({"lora_save_merged": True}, "without --actor_lora_dim or --critic_lora_dim above 0"),
+        ({"load_in_4bit": True, "critic_lora_dim": 4}, "without --actor_lora_dim above 0"),
+        ({"load_in_4bit": True, "load_in_8bit": True, "actor_lora_dim": 4}, "exclude each other"),
+        ({"load_in_4bit": True, "lora_save_merged": True, "actor_lora_dim": 4}, "would write rounded weights"),
+        ({"load_in_4bit": True, "actor_zero_stage": 3, "actor_lora_dim": 4}, "lower --actor_zero_stage"),
+        ({"only_optimize_lora": False, "actor_lora_dim": 4}, "add --lora_save_merged"),
+        ({"share_trunk": True}, "give --actor_lora_dim"),
+        ({"share_trunk": True, "actor_lora_dim": 4}, "give --critic_lora_dim"),
+        ({"share_trunk": True, "actor_lora_dim": 4, "reward": ["full:x"]}, "a full reward has a trunk of its own"),
+        (
+            {"share_trunk": True, "actor_lora_dim": 4, "critic_lora_dim": 4, "critic_zero_stage": 3},
+            "give both ZeRO 3, or neither",
+        ),
         ({"log_interval": 0}, "--log_interval 0"),
         ({"preflight_samples": 1}, "--preflight_samples 1: expected 2 or more"),
         ({"judge": "nothing:here"}, "is no reward source"),

@@ -51,8 +51,9 @@ def flag_types(key: str) -> dict[str, str]:
     """The flags of a stage's program that a user may give, read from its source: importing it would import torch."""
     sources = (
         "dschat/flags.py",
-        "dschat/rlhf/monitor_flags.py",
         "dschat/rlhf/flags.py",
+        "dschat/rlhf/model_flags.py",
+        "dschat/rlhf/monitor_flags.py",
         f"training/{STAGES[key].program}",
     )
     found = read_flags([TRAINING.parent / path for path in sources]) | {"config": "str"}

@@ -29,6 +29,8 @@ class TrainSpec:
     max_grad_norm: float  # 0: no clipping
     zero_stage: int
     gradient_checkpointing: bool = False
+    lora_learning_rate: float = 5e-4  # of the factors of adapters, where the model has any
+    offload: bool = False  # what ZeRO shards lives in the CPU's memory, and the optimizer's step is made there
 
 
 def create_train_engine(
@@ -42,10 +44,10 @@ def create_train_engine(
     model.to(runtime.device)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    optimizer = create_optimizer(model, spec.learning_rate, spec.weight_decay)
+    optimizer = create_optimizer(model, spec.learning_rate, spec.weight_decay, spec.lora_learning_rate)
     scheduler = create_scheduler(optimizer, spec.lr_scheduler_type, spec.num_warmup_steps, spec.num_steps)
     zero_stage = max(spec.zero_stage, 1) if dtype in ENGINE_KEY else spec.zero_stage
-    config = _config(zero_stage, dtype) | {"managed_gradient_accumulation": False}
+    config = _config(zero_stage, dtype, spec.offload) | {"managed_gradient_accumulation": False}
     config["gradient_clipping"] = spec.max_grad_norm if zero_stage else 0.0  # DeepSpeed's own default is 1.0
     if zero_stage == 0:
         _clip_in_optimizer(model, optimizer, spec.max_grad_norm)
@@ -54,14 +56,18 @@ def create_train_engine(
 
 
 def create_frozen_model(
-    model: nn.Module, *, zero_stage: int, dtype: torch.dtype, device: torch.device
+    model: nn.Module, *, zero_stage: int, dtype: torch.dtype, device: torch.device, offload: bool = False
 ) -> nn.Module | deepspeed.DeepSpeedEngine:
     """A model that is only ever evaluated: sharded by DeepSpeed at stage 3; at stages 0 to 2, which shard nothing of a
-    model without an optimizer, the plain module on this rank's device."""
+    model without an optimizer, the plain module on this rank's device. ``offload``, at stage 3: its weights live in
+    the CPU's memory."""
     model.requires_grad_(False)
     if zero_stage < 3:
         return model.to(device).eval()
-    engine, *_ = deepspeed.initialize(model=model, config=_config(3, dtype))
+    config = _config(3, dtype)
+    if offload:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
 
@@ -162,19 +168,25 @@ def save_weights(engine: deepspeed.DeepSpeedEngine, save: Callable[[nn.Module], 
 
 
 def _build_like(source: nn.Module) -> nn.Module:
-    """A module of the same structure from its config alone."""
-    if isinstance(source, PreTrainedModel):
-        return type(source)(source.config)
-    return source.rebuild()  # type: ignore[operator]  # models/scorer.py
+    """A module of the same structure: as it says itself (models/scorer.py, models/lora.py), else from its config."""
+    if hasattr(source, "rebuild"):
+        return source.rebuild()  # type: ignore[operator]
+    return type(source)(source.config)
 
 
-def _config(zero_stage: int, dtype: torch.dtype) -> dict[str, Any]:
+def _config(zero_stage: int, dtype: torch.dtype, offload: bool = False) -> dict[str, Any]:
     """The batch keys are required by DeepSpeed and unused: the programs own their batches."""
+    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload and zero_stage == 3:
+        zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on a CPU too, and needs no compiler
         "steps_per_print": 2**31,
     }
     if dtype in ENGINE_KEY:

@@ -15,18 +15,20 @@ from torch.autograd.function import once_differentiable
 # Elements of a block. CPU: 4 MiB in float32; from 16 MiB on, allocation alone makes `entropy` 2 to 20 times slower.
 # Other devices: 128 MiB, small beside the logits and large beside the cost of a kernel launch.
 _CPU_BLOCK = 2**20
-_DEVICE_BLOCK = 2**25
+DEVICE_BLOCK = 2**25
 
 
 def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
     """Index pairs that cut (B, R, V) logits into blocks of bounded size, the vocabulary whole."""
     batch, length, vocab = logits.shape
-    positions = max(1, (_CPU_BLOCK if logits.is_cpu else _DEVICE_BLOCK) // vocab)
+    positions = max(1, (_CPU_BLOCK if logits.is_cpu or logits.is_meta else DEVICE_BLOCK) // vocab)
     columns = max(1, min(length, positions))
     rows = max(1, positions // columns)
     for i in range(0, batch, rows):
         for j in range(0, length, columns):
             yield slice(i, i + rows), slice(j, j + columns)
+            if logits.is_meta:  # nothing is computed there, only memory counted: a block stands for all
+                return
 
 
 def log_softmax(logits: Tensor, temperature: float, banned_ids: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 NAME = "dschat"
 _SCORES = 2**18  # scores of a block: their float32 copy stays in a core's cache
 _QUERIES = 128  # of a block: those after them need no keys of later ones
-_KEPT_KEYS = 256  # up to so many the probabilities are kept for the backward pass; beyond, it computes them again
+KEPT_KEYS = 256  # up to so many the probabilities are kept for the backward pass; beyond, it computes them again
 
 
 def use_fast_attention(model: PreTrainedModel) -> None:
@@ -65,7 +65,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         query, key, value = (x.contiguous() for x in (query, key, value))  # copied once for both passes
-        result, kept = _forward(query, key, value, mask, scaling, keep=key.shape[2] <= _KEPT_KEYS)
+        result, kept = _forward(query, key, value, mask, scaling, keep=key.shape[2] <= KEPT_KEYS)
         ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), *kept)
         ctx.has_mask, ctx.scaling = mask is not None, scaling
         return result

@@ -1,5 +1,6 @@
 """Load and save models as Hugging Face directories. Loading is strict: no weight is silently made up."""
 
+import importlib.util
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     PretrainedConfig,
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 POLICY, REWARD, CRITIC = "policy", "reward", "critic"
 
 
@@ -42,11 +45,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_causal_lm(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, dropout: float | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    dropout: float | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a directory or hub name, or the embedded one (``toy``).
 
-    The embeddings are grown when the tokenizer has more tokens than the model; they are never shrunk.
+    The embeddings are grown when the tokenizer has more tokens than the model; they are never shrunk. An adapter is
+    merged into the model that it was trained on. ``quantization``: None, 4bit or 8bit.
 
     Raises:
         UserError: not a model, a reward model, or weights missing from the checkpoint.
@@ -58,26 +67,47 @@ def load_causal_lm(
         config = load_config(path)
         if model_role(path, config) != POLICY:
             raise UserError(f"{path} is a reward model, not a language model; give the directory of step 1")
-        model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype)
+        if base := adapter_base(path):
+            _require_whole(path, quantization)
+            from dschat.models.lora import merge_adapter  # PEFT takes a second to import
+
+            return _fit(merge_adapter(load_causal_lm(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
+        model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype, **_quantized(quantization, dtype))
         _require_exact(path, info["missing_keys"], info["unexpected_keys"])
     return _fit(model, tokenizer, dropout)
 
 
 def load_scorer(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, dropout: float | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    dropout: float | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier with one label whose trunk is the model at ``path``: the start of step 2.
 
-    A reward model keeps its head; any other model gets a new one, N(0, 1 / (d + 1)) as in Stiennon et al. (2020).
+    A reward model keeps its head; any other model gets a new one, N(0, 1 / (d + 1)) as in Stiennon et al. (2020). An
+    adapter is merged into the model that it was trained on.
     """
     if path == "toy":
         config: PretrainedConfig = toy_config(tokenizer)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         missing, unexpected = ["score.weight"], []
+    elif base := adapter_base(path):
+        _require_whole(path, quantization)
+        from dschat.models.lora import merge_adapter  # PEFT takes a second to import
+
+        return _fit(merge_adapter(load_scorer(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
     else:
         model, info = _from_pretrained(
-            AutoModelForSequenceClassification, path, load_config(path), dtype, num_labels=1
+            AutoModelForSequenceClassification,
+            path,
+            load_config(path),
+            dtype,
+            num_labels=1,
+            **_quantized(quantization, dtype),
         )
         missing = list(info["missing_keys"])
         trunk = f"{model.base_model_prefix}."
@@ -115,10 +145,13 @@ def load_trained_scorer(
     config = load_config(path)
     if model_role(path, config) == POLICY:
         raise UserError(f"{path} is a language model, not a reward model; give the directory of step 2")
-    if config.num_labels != 1:
+    if config.num_labels != 1 and not adapter_base(path):
         raise UserError(f"{path} has {config.num_labels} labels; a reward model has exactly one")
-    model, info = _from_pretrained(AutoModelForSequenceClassification, path, config, dtype)
-    _require_exact(path, info["missing_keys"], info["unexpected_keys"])
+    if adapter_base(path):
+        model = load_scorer(path, tokenizer, dtype=dtype)
+    else:
+        model, info = _from_pretrained(AutoModelForSequenceClassification, path, config, dtype)
+        _require_exact(path, info["missing_keys"], info["unexpected_keys"])
     if not hasattr(model, "score"):
         raise UserError(
             f"{path}: {type(model).__name__} gives no score per token; use a reward model made from a language model, "
@@ -140,6 +173,8 @@ def model_role(path: str, config: PretrainedConfig) -> str:
             return json.loads(record.read_text(encoding="utf-8"))["role"]
         except (ValueError, KeyError) as error:
             raise UserError(f"{record} is damaged ({error}); restore or delete it") from None
+    if adapter_base(path):
+        return REWARD if _adapter_config(path).get("task_type") == "SEQ_CLS" else POLICY
     names = config.architectures or []
     return REWARD if any(name.endswith("ForSequenceClassification") for name in names) else POLICY
 
@@ -193,8 +228,21 @@ def disable_dropout(model: nn.Module, probability: float = 0.0) -> None:
                 setattr(module, name, probability)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
-    """Weights (safetensors), config, tokenizer with its chat template, generation defaults."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str, adapter_base: str | None = None
+) -> None:
+    """Weights (safetensors), config, tokenizer with its chat template, generation defaults.
+
+    Of a model with trained adapters these alone, in PEFT's format, where ``adapter_base`` tells the path of the model
+    under them; without it the two merged.
+    """
+    if hasattr(model, "peft_config"):
+        from dschat.models.lora import merged_copy, save_adapter  # PEFT takes a second to import
+
+        if adapter_base is not None:
+            save_adapter(model, tokenizer, directory, adapter_base)
+            return
+        model = merged_copy(model)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     GenerationConfig(
@@ -202,19 +250,55 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     ).save_pretrained(directory)
 
 
-def load_config(path: str) -> PretrainedConfig:
+def adapter_base(path: str) -> str | None:
+    """The directory or hub name of the model that the adapter in ``path`` was trained on; None: no adapter is there.
+
+    Raises:
+        UserError: the adapter's configuration is damaged, or that directory is no longer there.
+    """
+    where = Path(path)
+    if not (where / ADAPTER_CONFIG).is_file() or (where / "config.json").is_file():
+        return None
+    base = _adapter_config(path).get("base_model_name_or_path") or ""
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise UserError(
+            f"{path} is a LoRA adapter on {base or 'a model that it does not name'}, which is not there; put it back, "
+            f"or correct base_model_name_or_path in {where / ADAPTER_CONFIG}"
+        )
+    return base
+
+
+def _adapter_config(path: str) -> dict[str, Any]:
+    file = Path(path) / ADAPTER_CONFIG
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({_line(error)}); restore it or train the adapter again") from None
+
+
+def refuse_other_kind(directory: str, is_adapter: bool) -> None:
     """
     Raises:
-        UserError: no model is there, or an adapter, or the parent of one.
+        UserError: a whole model is where an adapter is to be saved, or an adapter where a whole model is.
     """
+    other = Path(directory) / ("config.json" if is_adapter else ADAPTER_CONFIG)
+    if other.exists():
+        raise UserError(f"{other}: a model of another kind is here; choose another --output_dir, or empty it")
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """Of an adapter the configuration of the model that it was trained on.
+
+    Raises:
+        UserError: no model is there, or the parent of one.
+    """
+    if base := adapter_base(path):
+        return load_config(base)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=remote_code.is_trusted())
     except (OSError, ValueError) as error:
         remote_code.refuse_if_asked_for(path, error)
         where = Path(path)
-        if (where / "adapter_config.json").is_file():
-            mend = f"step 3 takes it as --reward lora:{path}"
-            raise UserError(f"{path} is a LoRA adapter, not a whole model; {mend}") from None
         if where.is_dir() and not (where / "config.json").is_file():
             inner = where / "actor"
             mend = f"did you mean {inner}?" if inner.is_dir() else "give a Hugging Face model directory"
@@ -227,10 +311,36 @@ def _from_pretrained(auto_class: type, path: str, config: PretrainedConfig, dtyp
         if "num_labels" in options and getattr(config, "num_labels", 1) != options["num_labels"]:
             config.num_labels = options["num_labels"]
         more = {"trust_remote_code": remote_code.is_trusted(), "weights_only": True, "output_loading_info": True}
+        more |= {name: value for name, value in options.items() if name != "num_labels"}
         return auto_class.from_pretrained(path, config=config, dtype=dtype, **more)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         remote_code.refuse_if_asked_for(path, error)
         raise UserError(f"{path} cannot be loaded: {_line(error)}") from None
+
+
+def _quantized(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The argument that makes `from_pretrained` quantize the linear layers of the blocks.
+
+    Raises:
+        UserError: bitsandbytes, which does it, is not installed.
+    """
+    if kind is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--load_in_{kind} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    heads = ["score", "lm_head", "embed_out"]
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)}
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=heads, **four)}
+
+
+def _require_whole(path: str, kind: str | None) -> None:
+    if kind is not None:
+        raise UserError(
+            f"--load_in_{kind}: {path} is an adapter, and would be merged into rounded weights; train it again with "
+            "--lora_save_merged"
+        )
 
 
 def _line(error: Exception) -> str:
@@ -250,10 +360,20 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dropout: fl
     """Make model and tokenizer agree: vocabulary, pad and end tokens; set dropout when asked, and attention."""
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
+        _grow_embeddings(model, len(tokenizer))
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
     if dropout is not None:
         disable_dropout(model, dropout)
     use_fast_attention(model)
     return model
+
+
+@torch.no_grad()
+def _grow_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
+    """The new rows are the mean of the old ones: the same in every run, so that an adapter finds the trunk it knew."""
+    num_old = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=8, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for parameter in module.parameters() if module is not None else ():
+            parameter[num_old:] = parameter[:num_old].mean(0, keepdim=True)

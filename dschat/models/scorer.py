@@ -49,7 +49,9 @@ class Scorer(nn.Module):
 
     def rebuild(self) -> "Scorer":
         """A scorer of the same structure with weights of its own."""
-        return Scorer(type(self.model)(self.model.config), self.mean, self.std)
+        model: Any = self.model
+        inner = model.rebuild() if hasattr(model, "rebuild") else type(model)(model.config)
+        return Scorer(inner, self.mean, self.std)
 
 
 def last_token_values(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

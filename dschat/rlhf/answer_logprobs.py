@@ -36,14 +36,12 @@ class AnswerLogprobs:
         return self.each(lambda values: values[self.row_mask])
 
 
-def score_answers(
-    model: nn.Module, family: PreTrainedModel, batch: Batch, mismatched: Tensor | None = None
-) -> AnswerLogprobs:
+def score_answers(model: nn.Module, family: PreTrainedModel, batch: Batch) -> AnswerLogprobs:
     """One forward over a batch of `dschat.data.collate_answers`, with `ref_logps` (B, 2) in it where there are any.
 
-    ``mismatched`` (B,): log-probabilities of the second half that are known already; then only the first half is run.
+    Where `with_mismatched_logps` has put in those of the second half, only the first half is run.
     """
-    if mismatched is None:
+    if (mismatched := batch.get("mismatched_logps")) is None:
         logps = _sequence_logps(model, family, batch).view(2, -1).T
     else:
         logps = torch.stack([_sequence_logps(model, family, _half(batch, 0)), mismatched], dim=1)
@@ -64,12 +62,12 @@ def gather_answers(parts: Sequence[AnswerLogprobs], runtime: Runtime) -> AnswerL
 
 
 @torch.no_grad()
-def mismatched_logps(
+def with_mismatched_logps(
     engine: deepspeed.DeepSpeedEngine, family: PreTrainedModel, batches: Sequence[Batch], runtime: Runtime
-) -> tuple[list[Tensor], Tensor]:
-    """(B,) for each batch: the policy's log-probabilities of the mismatched answers, without dropout; and the mean of
-    policy - reference over them, a scalar over all batches and ranks: KTO's estimate of the KL (Ethayarajh et al.
-    2024, there over a micro-batch). Leaves the engine in eval mode."""
+) -> tuple[list[Batch], Tensor]:
+    """The batches with `mismatched_logps` (B,), the policy's log-probabilities of the mismatched answers, without
+    dropout; and the mean of policy - reference over them, a scalar over all batches and ranks: KTO's estimate of the
+    KL (Ethayarajh et al. 2024, there over a micro-batch). Leaves the engine in eval mode."""
     engine.eval()
     logps = [_sequence_logps(engine, family, _half(batch, 1)) for batch in batches]
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
@@ -77,7 +75,8 @@ def mismatched_logps(
         log_ratio = (values - batch["ref_logps"][:, 1])[batch["row_mask"]]
         sums += torch.stack([log_ratio.double().sum(), batch["row_mask"].sum()])
     total, num_rows = all_reduce_sum(sums, runtime)
-    return logps, (total / num_rows).float()
+    known = [batch | {"mismatched_logps": values} for values, batch in zip(logps, batches, strict=True)]
+    return known, (total / num_rows).float()
 
 
 def _half(batch: Batch, number: int) -> Batch:

@@ -5,20 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine
+from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine, unwrap
 from dschat.engine.distributed import Runtime
 from dschat.engine.ema import EMA
 from dschat.errors import UserError
-from dschat.models.load import load_trained_scorer
+from dschat.models.adapters import add_adapter_reward
+from dschat.models.load import load_causal_lm, load_trained_scorer
+from dschat.models.lora import LoraSpec, add_lora, has_adapters, trained_table
+from dschat.models.precision import upcast_layernorm
+from dschat.models.scorer import Scorer
+from dschat.models.trunk import shared_copy
 from dschat.report.reward_quality import QUALITY_FOLDER, read_quality, weakness
 from dschat.rlhf.reward_api import ApiReward
 from dschat.rlhf.reward_lora import LoraReward
 from dschat.rlhf.reward_sources import FullReward, FunctionReward
 from dschat.rlhf.rewards import CombinedReward, RewardSource, RewardSpec
-from dschat.rlhf.rlhf_engine import RLHFEngine, create_actor_and_reference, load_critic, same_tokenizer
+from dschat.rlhf.rlhf_engine import RLHFEngine, load_critic, load_critic_on_trunk, same_tokenizer
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,13 @@ class ModelsSpec:
     critic: TrainSpec | None  # None: the advantages need none
     reference_stage: int
     reward_stage: int
+    offload_reference: bool
+    offload_reward: bool
+    actor_lora: LoraSpec | None
+    critic_lora: LoraSpec | None
+    share_trunk: bool
+    save_merged: bool
+    quantization: str | None  # of the actor's frozen weights: 4bit or 8bit
     normalize_reward: bool
     upcast_layernorm: bool
     ema_decay: float | None  # None: no moving average
@@ -51,26 +63,94 @@ def create_models(
     adapters = tuple(reward.target for reward in spec.rewards if reward.kind == "lora")
     if len(adapters) > 1:
         raise UserError(f"--reward: one lora reward at most, found {' '.join(adapters)}")
-    engine = create_actor_and_reference(
-        spec.actor_path,
-        tokenizer,
-        spec.actor,
-        spec.reference_stage,
-        dtype=dtype,
-        runtime=runtime,
-        upcast_norms=spec.upcast_layernorm,
-        adapter_dirs=adapters,
-        normalize_reward=spec.normalize_reward,
-    )
+    engine = create_actor_and_reference(spec, adapters, tokenizer, dtype=dtype, runtime=runtime)
     sources = [create_source(reward, spec, engine, tokenizer, dtype, runtime) for reward in spec.rewards]
     if spec.critic is not None:
-        path = spec.critic_path or critic_start(spec.rewards, tokenizer)
-        critic = load_critic(path, spec.actor_path, tokenizer, dtype=dtype, normalize=spec.normalize_reward)
+        critic = create_critic(spec, engine, tokenizer, dtype=dtype)
         engine.critic = create_train_engine(critic, spec.critic, dtype=dtype, runtime=runtime)
     if spec.ema_decay is not None:
         engine.ema = EMA(engine.actor, spec.ema_decay)
     weights = [reward.weight for reward in spec.rewards]
     return engine, CombinedReward(list(zip(sources, weights, strict=True)))
+
+
+def create_actor_and_reference(
+    spec: ModelsSpec,
+    adapter_dirs: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    runtime: Runtime,
+) -> RLHFEngine:
+    """The engine without a critic. The reward adapters go onto the reference before it may be sharded.
+
+    Dropout is off in all models: a log-probability that depends on a coin flip is not one. Where adapters are all that
+    is trained of the actor, the reference is made of the actor's own frozen weights.
+
+    Raises:
+        UserError: not a language model, an adapter of another one.
+    """
+
+    def load() -> PreTrainedModel:
+        model = load_causal_lm(spec.actor_path, tokenizer, dtype=dtype, dropout=0.0, quantization=spec.quantization)
+        if spec.upcast_layernorm:
+            upcast_layernorm(model)
+        return model
+
+    actor, lora, trunk = load(), spec.actor_lora, None
+    if lora is not None and lora.only:
+        trunk, reference = shared_copy(actor), shared_copy(actor)
+    else:
+        reference = load()
+    if lora is not None:
+        add_lora(actor, lora)
+    adapters = {
+        directory: add_adapter_reward(reference, directory, normalize=spec.normalize_reward)
+        for directory in adapter_dirs
+    }
+    place: dict[str, Any] = {"zero_stage": spec.reference_stage, "offload": spec.offload_reference}
+    return RLHFEngine(
+        actor=create_train_engine(actor, spec.actor, dtype=dtype, runtime=runtime),
+        critic=None,
+        ref=create_frozen_model(reference, dtype=dtype, device=runtime.device, **place),
+        family=actor,
+        adapters=adapters,
+        actor_base=spec.actor_path if lora is not None and not spec.save_merged else None,
+        trunk=trunk,
+    )
+
+
+def create_critic(
+    spec: ModelsSpec, engine: RLHFEngine, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+) -> Scorer:
+    """What the critic starts from, with its adapters, if it has any.
+
+    Raises:
+        UserError: as `load_critic` and `load_critic_on_trunk`.
+    """
+    path, lora, normalize = (
+        spec.critic_path or critic_start(spec.rewards, tokenizer),
+        spec.critic_lora,
+        spec.normalize_reward,
+    )
+    if spec.share_trunk:
+        assert engine.trunk is not None and lora is not None
+        base = spec.actor_path
+        critic = load_critic_on_trunk(engine.trunk, path, base, tokenizer, lora, normalize=normalize)
+    else:
+        base = path or spec.actor_path
+        critic = load_critic(path, spec.actor_path, tokenizer, dtype=dtype, normalize=normalize)
+        if lora is not None:
+            add_lora(critic.model, lora)
+    engine.critic_base = base if lora is not None and not spec.save_merged else None
+    return critic
+
+
+def trained_tables(engine: RLHFEngine) -> list[str]:
+    """Of each model with adapters: how much of it is trained."""
+    models = {"actor": engine.actor, "critic": engine.critic}
+    modules = {role: unwrap(model) for role, model in models.items() if model is not None}
+    return [f"{role}\n{trained_table(module)}" for role, module in modules.items() if has_adapters(module)]
 
 
 def check_quality(rewards: tuple[RewardSpec, ...], allow_weak: bool) -> list[str]:
@@ -110,7 +190,8 @@ def create_source(
         normalize = spec.normalize_reward
         device = None if spec.reward_stage == 3 else runtime.device  # at stage 3 no rank holds it whole on its device
         scorer = load_trained_scorer(reward.target, own, dtype=dtype, normalize=normalize, device=device)
-        model = create_frozen_model(scorer, zero_stage=spec.reward_stage, dtype=dtype, device=runtime.device)
+        place: dict[str, Any] = {"zero_stage": spec.reward_stage, "offload": spec.offload_reward}
+        model = create_frozen_model(scorer, dtype=dtype, device=runtime.device, **place)
         return FullReward(model, own, tokenizer, **batch)
     if reward.kind == "lora":
         adapter, verify = engine.adapters[reward.target], spec.normalize_reward

@@ -7,15 +7,19 @@ from dschat.config import flag, require_not_negative, require_positive
 from dschat.data.prepare import DataSpec
 from dschat.data.sources import parse_source
 from dschat.engine.deepspeed_engine import TrainSpec
+from dschat.engine.workload import Changes, Workload
 from dschat.errors import UserError
-from dschat.flags import SCHEDULES, ZERO_STAGES, DataFlags, RunFlags
+from dschat.flag_checks import check_offload, check_quantized
+from dschat.flags import DataFlags, RunFlags
 from dschat.rlhf.build import ModelsSpec
 from dschat.rlhf.experience import ESTIMATORS, FORWARD, GAE, KL_KINDS, SAMPLER, Shaping
 from dschat.rlhf.judges import TOY
+from dschat.rlhf.model_flags import AdapterFlags, OptimizerFlags
 from dschat.rlhf.monitor_flags import MonitorFlags
 from dschat.rlhf.ppo_trainer import UpdateSpec
 from dschat.rlhf.rewards import parse_reward
 from dschat.rlhf.rollout_engine import ROLLOUT_ENGINES, SLOTS
+from dschat.rlhf.workload import RolloutSizes, ppo_workload
 
 
 @dataclass(kw_only=True)
@@ -50,7 +54,7 @@ class RewardFlags:
     reward: list[str] = flag(
         [],
         "full:PATH, lora:PATH, api:URL or function:FILE.py:NAME, each with an optional weight as in 0.5*full:PATH; "
-        "summed; default: full:CRITIC_MODEL_NAME_OR_PATH",
+        "summed; default: full:CRITIC_MODEL_NAME_OR_PATH, with share_trunk lora:",
     )
     reward_api_timeout: float = flag(60.0, "seconds that one request to an api reward may take")
     reward_api_retries: int = flag(5, "tries after a failed request to an api reward, with growing pauses")
@@ -152,33 +156,6 @@ class UpdateFlags:
 
 
 @dataclass(kw_only=True)
-class OptimizerFlags:
-    """Learning rates and memory of actor and critic."""
-
-    actor_learning_rate: float = flag(9.65e-6, "peak")
-    critic_learning_rate: float = flag(5e-6, "peak")
-    actor_weight_decay: float = flag(0.0, "of matrices")
-    critic_weight_decay: float = flag(0.0, "of matrices")
-    lr_scheduler_type: str = flag("cosine", "of both learning rates", choices=SCHEDULES)
-    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
-    actor_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    critic_gradient_checkpointing: bool = flag(False, "the same for the critic")
-    upcast_layernorm: bool = flag(False, "normalisation layers of actor and reference compute in float32")
-    actor_zero_stage: int = flag(0, "DeepSpeed ZeRO stage of the actor", choices=ZERO_STAGES)
-    critic_zero_stage: int = flag(0, "of the critic", choices=ZERO_STAGES)
-    reference_zero_stage: int | None = flag(
-        None, "of the reference; default: 3 with the actor's 3, else 0", choices=ZERO_STAGES
-    )
-    reward_zero_stage: int | None = flag(
-        None, "of a full reward; default: 3 with the critic's 3, else 0", choices=ZERO_STAGES
-    )
-
-    def __post_init__(self) -> None:
-        require_positive(self, "actor_learning_rate", "critic_learning_rate")
-        require_not_negative(self, "actor_weight_decay", "critic_weight_decay", "num_warmup_steps")
-
-
-@dataclass(kw_only=True)
 class CompanionFlags:
     """Beside the algorithm."""
 
@@ -210,7 +187,7 @@ class CompanionFlags:
 
 
 GROUPS = (
-    *(RolloutFlags, RewardFlags, KLFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, CompanionFlags),
+    *(RolloutFlags, RewardFlags, KLFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, AdapterFlags, CompanionFlags),
     MonitorFlags,
 )
 
@@ -225,6 +202,7 @@ class PPOFlags(
     AdvantageFlags,
     UpdateFlags,
     OptimizerFlags,
+    AdapterFlags,
     CompanionFlags,
     MonitorFlags,
 ):
@@ -240,8 +218,8 @@ class PPOFlags(
             group.__post_init__(self)
         if not self.reward and self.critic_model_name_or_path is None:
             raise UserError("no reward: give --critic_model_name_or_path (the output of step 2) or --reward")
-        for text in self.rewards:
-            parse_reward(text)  # refuses what is no source before anything is loaded
+        kinds = [parse_reward(text).kind for text in self.rewards]  # refuses what is no source before loading
+        self._check_models({*kinds})
         if self.advantage_estimator in ("rloo", "grpo") and self.num_samples_per_prompt < 2:
             raise UserError(
                 f"--advantage_estimator {self.advantage_estimator} compares the answers to one prompt; give "
@@ -268,9 +246,40 @@ class PPOFlags(
                 "--best_metric"
             )
 
+    def _check_models(self, reward_kinds: set[str]) -> None:
+        """Refuse flags of models that exclude each other or have no effect."""
+        has_critic, stages = self.advantage_estimator == GAE, (self.actor_zero_stage, self.critic_zero_stage)
+        check_offload("--offload", self.offload, "--actor_zero_stage", stages[0])
+        if has_critic:
+            check_offload("--offload", self.offload, "--critic_zero_stage", stages[1])
+        elif self.critic_lora_dim:
+            raise UserError("--critic_lora_dim needs a critic; use --advantage_estimator gae")
+        if self.offload_reward_model and "full" not in reward_kinds:
+            raise UserError("--offload_reward_model has no effect: no reward is a full model; drop it")
+        if self.actor_lora_dim and self.only_optimize_lora:
+            if self.offload_reference_model:
+                raise UserError("--offload_reference_model: under LoRA the reference has no weights; use --offload")
+            if self.reference_zero_stage not in (None, self.actor_zero_stage):
+                raise UserError("--reference_zero_stage: under LoRA the reference is the actor's weights; drop it")
+        check_quantized(self, "actor_zero_stage")
+        if not self.share_trunk:
+            return
+        if "full" in reward_kinds:
+            raise UserError(
+                "--share_trunk: a full reward has a trunk of its own; train an adapter on the actor by step 2 with "
+                "--lora_dim and give it as lora:PATH"
+            )
+        if not self.actor_lora_dim or not self.only_optimize_lora or (has_critic and not self.critic_lora_dim):
+            given = "--critic_lora_dim" if self.actor_lora_dim and self.only_optimize_lora else "--actor_lora_dim"
+            raise UserError(f"--share_trunk: all that is trained must be adapters on the trunk; give {given}")
+        if has_critic and (stages[0] == 3) != (stages[1] == 3):
+            raise UserError(
+                "--share_trunk: one copy of the weights is sharded or is not; give both ZeRO 3, or neither"
+            )
+
     @property
     def rewards(self) -> list[str]:
-        return self.reward or [f"full:{self.critic_model_name_or_path}"]
+        return self.reward or [f"{'lora' if self.share_trunk else 'full'}:{self.critic_model_name_or_path}"]
 
     @property
     def is_toy(self) -> bool:
@@ -303,8 +312,15 @@ class PPOFlags(
             rewards=tuple(parse_reward(text) for text in self.rewards),
             actor=self.actor_spec(actor_steps),
             critic=self.critic_spec(num_rollouts * steps_per_rollout) if has_critic else None,
-            reference_stage=frozen_stage(self.reference_zero_stage, self.actor_zero_stage),
-            reward_stage=frozen_stage(self.reward_zero_stage, self.critic_zero_stage),
+            reference_stage=self.reference_stage,
+            reward_stage=self.reward_stage,
+            offload_reference=self.offload_reference_model,
+            offload_reward=self.offload_reward_model,
+            actor_lora=self.lora_spec("actor"),
+            critic_lora=self.lora_spec("critic"),
+            share_trunk=self.share_trunk,
+            save_merged=self.lora_save_merged,
+            quantization=self.quantization,
             normalize_reward=self.normalize_reward,
             upcast_layernorm=self.upcast_layernorm,
             ema_decay=self.ema_decay if self.enable_ema else None,
@@ -323,6 +339,8 @@ class PPOFlags(
             self.max_grad_norm,
             self.actor_zero_stage,
             self.actor_gradient_checkpointing,
+            self.actor_lora_learning_rate,
+            self.offload,
         )
 
     def critic_spec(self, num_steps: int) -> TrainSpec:
@@ -335,6 +353,8 @@ class PPOFlags(
             self.max_grad_norm,
             self.critic_zero_stage,
             self.critic_gradient_checkpointing,
+            self.critic_lora_learning_rate,
+            self.offload,
         )
 
     def shaping(self) -> Shaping:
@@ -367,6 +387,41 @@ class PPOFlags(
             max_ratio=self.max_ratio,
             max_tokens=self.max_tokens_per_batch,
         )
+
+    def workload(self) -> Workload:
+        sizes = RolloutSizes(
+            num_prompts=self.per_device_generation_batch_size,
+            num_samples=self.num_samples_per_prompt,
+            micro_batch=self.per_device_training_batch_size,
+            accumulates=self.gradient_accumulation_steps > 1,
+            prompt_size=self.max_prompt_seq_len,
+            answer_size=self.max_answer_seq_len,
+            max_tokens=self.max_tokens_per_batch,
+            rollout_engine=self.rollout_engine,
+            old_logprobs=self.old_logprobs,
+        )
+        checkpoints = self.keep_checkpoints if self.checkpoint_interval else 0
+        return ppo_workload(self.models_spec(1, 1), sizes, self.dtype, checkpoints)
+
+    def plan_hints(self) -> tuple[list[str], list[Changes]]:
+        rows = self.per_device_training_batch_size * self.gradient_accumulation_steps
+        prompts = self.per_device_generation_batch_size * self.generation_batches
+        adapters = {"actor_lora_dim": self.actor_lora_dim or 64, "critic_lora_dim": self.critic_lora_dim or 64}
+        sharded = {"actor_zero_stage": 3, "critic_zero_stage": 3}
+        stages = {"actor_zero_stage": self.actor_zero_stage or 1, "critic_zero_stage": self.critic_zero_stage or 1}
+        changes: list[Changes] = [
+            {"actor_gradient_checkpointing": True, "critic_gradient_checkpointing": True},
+            {"per_device_training_batch_size": 1, "gradient_accumulation_steps": rows},
+            {"per_device_generation_batch_size": 1, "generation_batches": prompts},
+            {"max_answer_seq_len": self.max_answer_seq_len // 2},
+            sharded,
+            {"reference_zero_stage": 3, "reward_zero_stage": 3},
+            stages | {"offload": True},
+            sharded | {"offload": True},
+            adapters,
+            {"dtype": "bf16"},
+        ]
+        return ["per_device_training_batch_size", "per_device_generation_batch_size"], changes
 
     def inputs(self) -> dict[str, str]:
         found = {"actor_model_name_or_path": self.actor_model_name_or_path}
@@ -404,7 +459,3 @@ class PPOFlags(
             data_split="1,0,0",
             max_eval_samples=0,
         )
-
-
-def frozen_stage(given: int | None, trained: int) -> int:
-    return given if given is not None else (3 if trained == 3 else 0)

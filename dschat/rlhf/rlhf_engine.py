@@ -4,14 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine
-from dschat.engine.distributed import Runtime
 from dschat.engine.ema import EMA
 from dschat.errors import UserError
-from dschat.models.adapters import AdapterScorer, add_adapter_reward, load_merged_scorer
-from dschat.models.load import load_causal_lm, load_scorer, load_trained_scorer
-from dschat.models.precision import upcast_layernorm
+from dschat.models.adapters import AdapterScorer, load_merged_scorer
+from dschat.models.load import adapter_base, load_scorer, load_trained_scorer
+from dschat.models.lora import LoraSpec
 from dschat.models.scorer import Scorer, load_score_stats
+from dschat.models.trunk import critic_on_trunk
 
 import deepspeed
 import torch
@@ -33,6 +32,9 @@ class RLHFEngine:
     ref: nn.Module
     family: PreTrainedModel
     adapters: dict[str, AdapterScorer] = field(default_factory=dict)
+    actor_base: str | None = None  # the path of the model under the adapters that are saved; None: whole models are
+    critic_base: str | None = None
+    trunk: PreTrainedModel | None = None  # the actor without its adapters, on the very same weights, where it has any
     ema: EMA | None = None
 
     def train(self) -> None:
@@ -44,42 +46,6 @@ class RLHFEngine:
         self.actor.eval()
         if self.critic is not None:
             self.critic.eval()
-
-
-def create_actor_and_reference(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    spec: TrainSpec,
-    reference_stage: int,
-    *,
-    dtype: torch.dtype,
-    runtime: Runtime,
-    upcast_norms: bool = False,
-    adapter_dirs: tuple[str, ...] = (),
-    normalize_reward: bool = True,
-) -> RLHFEngine:
-    """The engine without a critic. The reward adapters go onto the reference before it may be sharded.
-
-    Dropout is off in all models: a log-probability that depends on a coin flip is not one.
-
-    Raises:
-        UserError: not a language model, an adapter of another one.
-    """
-    actor = load_causal_lm(path, tokenizer, dtype=dtype, dropout=0.0)
-    reference = load_causal_lm(path, tokenizer, dtype=dtype, dropout=0.0)
-    if upcast_norms:
-        for model in (actor, reference):
-            upcast_layernorm(model)
-    adapters = {
-        directory: add_adapter_reward(reference, directory, normalize=normalize_reward) for directory in adapter_dirs
-    }
-    return RLHFEngine(
-        actor=create_train_engine(actor, spec, dtype=dtype, runtime=runtime),
-        critic=None,
-        ref=create_frozen_model(reference, zero_stage=reference_stage, dtype=dtype, device=runtime.device),
-        family=actor,
-        adapters=adapters,
-    )
 
 
 def load_critic(
@@ -100,6 +66,32 @@ def load_critic(
         model = load_merged_scorer(path, actor_path, tokenizer, dtype=dtype)
         return Scorer(model, *(load_score_stats(path) if normalize else (0.0, 1.0)))
     return load_trained_scorer(path, tokenizer, dtype=dtype, normalize=normalize, verify=False)
+
+
+def load_critic_on_trunk(
+    trunk: PreTrainedModel,
+    path: str | None,
+    actor_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: LoraSpec,
+    *,
+    normalize: bool,
+) -> Scorer:
+    """A critic that is adapters and a head on ``trunk``: those of the reward adapter in ``path``, or new ones whose
+    first values are all 0.
+
+    Raises:
+        UserError: a whole model, or an adapter that does not fit.
+    """
+    if path is None:
+        return Scorer(critic_on_trunk(trunk, None, spec))
+    if adapter_base(path) is None:
+        raise UserError(
+            f"--share_trunk: {path} is a whole model with a trunk of its own; give the critic a reward adapter of the "
+            "actor (step 2 with --lora_dim), or leave --critic_model_name_or_path out"
+        )
+    require_same_tokenizer(actor_path, tokenizer, path)
+    return Scorer(critic_on_trunk(trunk, path, spec), *(load_score_stats(path) if normalize else (0.0, 1.0)))
 
 
 def same_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> bool:

@@ -15,20 +15,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
-from dschat.data.loader import Batch, collate_rankings
+from dschat.config import flag, parse_config, require_not_negative, to_dict
+from dschat.data.loader import Batch, collate_rankings, num_rows, take_rows
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.workload import SCORER, Workload
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
-from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
+from dschat.models.load import REWARD, check_context, load_scorer, refuse_other_kind, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
+from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
@@ -52,24 +55,15 @@ import torch
 class Config(SupervisedFlags, CurveFlags):
     label_smoothing: float = flag(0.0, "probability that a preference label is wrong, as the loss takes it")
     center_rewards_coefficient: float = flag(0.0, "of (better + worse)^2 in the loss, which keeps scores around 0")
-    lora_dim: int = flag(0, "train adapters of this rank and the head, on a frozen trunk; 0: the whole model")
-    lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
-    lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
 
     def __post_init__(self) -> None:
         SupervisedFlags.__post_init__(self)
         CurveFlags.__post_init__(self)
-        require_not_negative(self, "lora_dim", "center_rewards_coefficient")
+        require_not_negative(self, "center_rewards_coefficient")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing}: expected at least 0 and below 0.5")
         if self.judge and self.model_name_or_path == "toy":
             raise UserError("--judge needs answers of a trained model, which toy is not; give the directory of step 1")
-        if self.lora_alpha is not None:
-            require_positive(self, "lora_alpha")
-        if not self.lora_dim and (self.lora_alpha is not None or self.lora_module_name != "auto"):
-            raise UserError("--lora_alpha and --lora_module_name need --lora_dim above 0")
-        if self.lora_dim and self.model_name_or_path == "toy":
-            raise UserError("--lora_dim needs a trained trunk, which toy is not; give the directory of step 1")
 
     def curve_spec(self) -> CurveSpec | None:
         if self.judge is None:
@@ -83,17 +77,21 @@ class Config(SupervisedFlags, CurveFlags):
             seed=self.seed,
         )
 
+    def workload(self) -> Workload:
+        return self.supervised_workload("step 2, reward model", SCORER, num_sequences=2)
+
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
+    if config.asks_for_plan:
+        return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    saves_adapter = config.lora_dim > 0 and not config.lora_save_merged
+    refuse_other_kind(config.output_dir, saves_adapter)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
-    other_kind = Path(config.output_dir) / ("config.json" if config.lora_dim else "adapter_config.json")
-    if other_kind.exists():
-        raise UserError(f"{other_kind}: a model of another kind is here; choose another --output_dir, or empty it")
 
     # Data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
@@ -127,16 +125,16 @@ def main(argv: list[str] | None = None) -> None:
         console.print(show_batch(tokenizer, batch["input_ids"], batch["attention_mask"], batch["loss_mask"]))
 
     # Model
-    classifier = load_scorer(config.model_name_or_path, tokenizer, dtype=dtype, dropout=config.dropout)
+    given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
+    classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
-    scorer = Scorer(classifier)
     if config.lora_dim:
-        from dschat.models import adapters  # PEFT takes a second to import
+        from dschat.models import lora  # PEFT takes a second to import
 
-        scorer = adapters.create_lora_scorer(classifier, config.lora_dim, config.lora_alpha, config.lora_module_name)
-        console.print(adapters.trained_table(scorer))
-    engine = create_train_engine(scorer, spec, dtype=dtype, runtime=runtime)
+        lora.add_lora(classifier, lora.LoraSpec(*config.lora_shape()))
+        console.print(lora.trained_table(classifier))
+    engine = create_train_engine(Scorer(classifier), spec, dtype=dtype, runtime=runtime)
 
     # Train
     metrics = MetricsWriter(config.output_dir, "reward", runtime.is_main, config.report_to)
@@ -154,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return scores
 
+    memory = MicroBatches(runtime)
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
@@ -164,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             batches = [collate(data.train, micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
             options = {"label_smoothing": config.label_smoothing, "center_coef": config.center_rewards_coefficient}
-            stats, num_pairs = train_step(engine, batches, options, runtime)
+            stats, num_pairs = train_step(engine, batches, options, memory, runtime)
             line = {"loss": stats["loss"], "grad_norm": grad_norm(engine)}
             rows = partial(repro_rows, data.train, train_batches[step - 1], tokenizer)
             bad_steps.found(f"step {step}", line, rows)
@@ -185,10 +184,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Save
     def save(whole) -> None:
-        if config.lora_dim:
-            adapters.save_adapter(whole, tokenizer, config.output_dir, config.model_name_or_path)
-        else:
-            save_model(whole.model, tokenizer, config.output_dir)
+        save_model(whole.model, tokenizer, config.output_dir, config.model_name_or_path if saves_adapter else None)
         save_score_stats(config.output_dir, mean, std, make_probes(whole, data.eval, tokenizer))
 
     report_dir = Path(config.output_dir) / QUALITY_FOLDER
@@ -226,21 +222,29 @@ def accuracy_metrics(quality: dict) -> dict[str, float]:
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], options: dict[str, float], runtime: Runtime
+    engine: deepspeed.DeepSpeedEngine,
+    batches: list[Batch],
+    options: dict[str, float],
+    memory: MicroBatches,
+    runtime: Runtime,
 ) -> tuple[dict[str, float], float]:
     """One optimizer step over this rank's micro-batches; loss and accuracy, and the number of pairs, of all ranks."""
     engine.train()
     num_prompts = torch.stack([batch["ranks"].any(dim=1).sum() for batch in batches]).sum()
     num_prompts = all_reduce_sum(num_prompts, runtime).item()
-    sums = []
-    for batch in batches:
-        scores = ranking_scores(engine, batch)
-        loss, stats = listwise_ranking_loss(
-            scores, batch["ranks"], batch["margin"], **options, denominator=num_prompts
-        )
-        backward(engine, loss)
-        sums.append(torch.stack([loss.detach(), stats["accuracy"] * stats["num_pairs"], stats["num_pairs"]]))
-    loss_value, num_correct, num_pairs = all_reduce_sum(torch.stack(sums).sum(0), runtime).tolist()
+
+    def accumulate() -> torch.Tensor:
+        sums = []
+        for batch in memory.cut(batches, num_rows, take_rows):
+            scores = ranking_scores(engine, batch)
+            loss, stats = listwise_ranking_loss(
+                scores, batch["ranks"], batch["margin"], **options, denominator=num_prompts
+            )
+            backward(engine, loss)
+            sums.append(torch.stack([loss.detach(), stats["accuracy"] * stats["num_pairs"], stats["num_pairs"]]))
+        return torch.stack(sums).sum(0)
+
+    loss_value, num_correct, num_pairs = all_reduce_sum(memory.run(engine, accumulate), runtime).tolist()
     engine.step()
     return {"loss": loss_value, "accuracy": num_correct / num_pairs}, num_pairs
 

@@ -20,16 +20,18 @@ from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import learning_rate, save_weights, whole_model
 from dschat.engine.distributed import init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
-from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
+from dschat.models.load import CRITIC, POLICY, check_context, refuse_other_kind, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
+from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.samples import SampleWriter
-from dschat.rlhf.build import check_quality, create_models
+from dschat.rlhf.build import check_quality, create_models, trained_tables
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
 from dschat.rlhf.demonstrations import Demonstrations
 from dschat.rlhf.evaluate import BestSoFar, best_of_n, held_out_prompts
@@ -64,10 +66,14 @@ class Config(PPOFlags):
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, doc=__doc__, removed=REMOVED)
+    if config.asks_for_plan:
+        return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
+    for folder, dim in (("actor", config.actor_lora_dim), ("critic", config.critic_lora_dim)):
+        refuse_other_kind(str(Path(config.output_dir) / folder), dim > 0 and not config.lora_save_merged)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
 
     # Data
@@ -110,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(line)
     engine, rewards = create_models(spec, tokenizer, dtype=dtype, runtime=runtime)
     console.print(rewards.summary())
+    for line in trained_tables(engine):
+        console.print(line)
     longest = config.max_prompt_seq_len + config.max_answer_seq_len
     check_context(engine.family.config, longest, "--max_prompt_seq_len + --max_answer_seq_len")
     banned = banned_token_ids(tokenizer, engine.family.config.vocab_size)
@@ -136,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save_actor(name: str) -> None:
         directory = str(Path(config.output_dir) / name)
-        save_weights(engine.actor, lambda whole: save_model(whole, tokenizer, directory), runtime)
+        save_weights(engine.actor, lambda whole: save_model(whole, tokenizer, directory, engine.actor_base), runtime)
         record(directory, POLICY)
 
     def record(directory: str, role: str) -> None:
@@ -185,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = partial(repro_responses, minibatch, tokenizer)
         return bad_steps.found(f"step {step}, minibatch {position}", stats, rows)
 
+    memory = MicroBatches(runtime)
     engines = {"actor": engine.actor} | ({"critic": engine.critic} if engine.critic is not None else {})
     parts = {"metrics": metrics, "samples": samples_file, "bad_scores": bad_scores, "bad_steps": bad_steps}
     parts |= {"best": best, "kl_coef": kl_coef, "monitor": monitor}
@@ -252,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress=current.update.progress,
                 after_step=run.stop_if_asked,
                 is_bad=partial(is_bad, step),
+                memory=memory,
             )
             bar.update()
             if config.self_check and updates:
@@ -301,7 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     samples_file.close()
     if engine.critic is not None:
         directory, scorer = str(Path(config.output_dir) / "critic"), engine.critic.module
-        save_weights(engine.critic, lambda whole: save_model(whole.model, tokenizer, directory), runtime)
+        base = engine.critic_base
+        save_weights(engine.critic, lambda whole: save_model(whole.model, tokenizer, directory, base), runtime)
         if runtime.is_main:
             save_score_stats(directory, scorer.mean, scorer.std)
         record(directory, CRITIC)

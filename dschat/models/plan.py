@@ -1,0 +1,171 @@
+"""From what a run will do to how much memory it takes: shapes, traced passes, and the arithmetic of ZeRO."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+
+from dschat.engine.memory_plan import (
+    CACHE,
+    LOGITS,
+    WEIGHTS,
+    Machine,
+    Phase,
+    Plan,
+    PlannedModel,
+)
+from dschat.engine.workload import (
+    COMPARE,
+    PREFILL,
+    RESPONSE,
+    SAMPLE,
+    SCORER,
+    SFT,
+    LoraShape,
+    ModelUse,
+    PassUse,
+    Workload,
+)
+from dschat.functional.logprobs import DEVICE_BLOCK
+from dschat.models.load import check_context, resolve_dtype
+from dschat.models.lora import LoraSpec, adapted_layers
+from dschat.models.memory_trace import (
+    Moments,
+    cache_bytes_per_token,
+    compare_pass,
+    prefill_pass,
+    response_pass,
+    scorer_pass,
+    sft_pass,
+    traced,
+)
+from dschat.models.shapes import build, find_shape, has_equal_layers, with_depth
+
+import torch
+
+
+def make_plan(work: Workload, machine: Machine) -> Plan:
+    """
+    Raises:
+        UserError: a model whose shape cannot be had, or that has too few positions.
+    """
+    dtype = torch.bfloat16 if work.dtype == "auto" and not machine.on_cpu else None  # of the GPUs that are planned for
+    dtype = dtype or resolve_dtype(work.dtype, torch.device("cpu" if machine.on_cpu else "cuda"))
+    uses = {use.role: use for use in work.models}
+    models = {role: planned_model(use, dtype) for role, use in uses.items()}
+    for use in work.models:
+        check_context(find_shape(use.path), *work.longest)
+    phases: list[Phase] = []
+    for item in work.passes:
+        phases += phases_of(item, uses[item.role], models[item.role], dtype, machine)
+    outputs = sum(model.itemsize * model.num_weights for model in models.values() if model.num_trained)
+    return Plan(work.title, machine, list(models.values()), phases, work.num_checkpoints, outputs)
+
+
+@cache
+def planned_model(use: ModelUse, dtype: torch.dtype) -> PlannedModel:
+    config = find_shape(use.path)
+    model = build(config, dtype, is_scorer=use.is_scorer, lora=lora_spec(use.lora))
+    sizes = [(parameter.numel(), parameter.requires_grad and use.is_trained) for parameter in model.parameters()]
+    quantized = 0
+    if use.quantized_bits:
+        names = set(adapted_layers(model, "auto"))
+        quantized = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") in names)
+    return PlannedModel(
+        use.role,
+        use.path.rstrip("/").rsplit("/", 1)[-1],
+        num_weights=sum(size for size, _ in sizes),
+        num_trained=sum(size for size, is_trained in sizes if is_trained),
+        itemsize=dtype.itemsize,
+        zero_stage=max(use.zero_stage, 1) if dtype != torch.float32 and use.is_trained else use.zero_stage,
+        accumulates=use.accumulates,
+        offload=use.offload,
+        has_average=use.has_average,
+        shares_trunk=use.shares_trunk,
+        num_quantized=quantized,
+        quantized_bits=use.quantized_bits,
+    )
+
+
+def lora_spec(shape: LoraShape) -> LoraSpec | None:
+    return LoraSpec(*shape) if shape[0] else None
+
+
+def phases_of(item: PassUse, use: ModelUse, model: PlannedModel, dtype: torch.dtype, machine: Machine) -> list[Phase]:
+    """What the largest pass of a phase takes; of training its three moments: the loss, the end of the backward pass,
+    the optimizer's step."""
+    *first, last = (model.in_use(machine) + Counter(found) for found in pass_bytes(item, use, dtype, machine.on_cpu))
+    fullest = max(first, key=Counter.total)
+    if not machine.on_cpu and item.kind != SCORER:  # float32 copies of a block of logits (functional/logprobs.py)
+        fullest[LOGITS] += min(3 * 4 * DEVICE_BLOCK, 6 * fullest[LOGITS])
+    if item.kind == SAMPLE and model.zero_stage == 3:
+        fullest[WEIGHTS] += model.itemsize * model.num_weights  # a rollout at stage 3 gathers a whole copy
+    if not item.train:
+        return [Phase(item.phase, fullest)]
+    gradients = model.in_backward(machine)
+    if model.accumulates:
+        fullest += gradients
+    return [
+        Phase(f"{item.phase}: loss", fullest),
+        Phase(f"{item.phase}: gradients", last + gradients),
+        Phase(f"{item.phase}: step", model.in_step(machine)),
+    ]
+
+
+@cache
+def pass_bytes(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) -> Moments:
+    """Activations, logits and cache of a pass by kind, at its moments.
+
+    They are linear in the layers, which are all alike: two depths are traced, and a model of unlike layers whole.
+    """
+    if item.kind == SAMPLE:
+        prompt_size = item.num_tokens - item.response_size
+        prompts = replace(item, kind=PREFILL, num_rows=item.num_prompts, num_tokens=prompt_size)
+        first, *others = pass_bytes(prompts, use, dtype, on_cpu)
+        return [first | _decoding(item, use, dtype, on_cpu), *others]
+    config = find_shape(use.path)
+    depth = config.num_hidden_layers
+    if depth < 3 or not has_equal_layers(config):
+        return _traced_pass(replace(item, phase=""), use, dtype, on_cpu, depth)
+    one, two = (_traced_pass(replace(item, phase=""), use, dtype, on_cpu, number) for number in (1, 2))
+    return _line(one, two, depth)
+
+
+def _line(one: Sequence[Mapping[str, int]], two: Sequence[Mapping[str, int]], number: int) -> Moments:
+    """At ``number``, of what has these values at 1 and 2."""
+
+    def at(low: Mapping[str, int], high: Mapping[str, int]) -> dict[str, int]:
+        ends = {kind: (low.get(kind, 0), high.get(kind, 0)) for kind in {**low, **high}}
+        return {kind: max(0, first + (number - 1) * (second - first)) for kind, (first, second) in ends.items()}
+
+    return [at(*pair) for pair in zip(one, two, strict=True)]
+
+
+@cache
+def _traced_pass(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool, depth: int) -> Moments:
+    config = with_depth(find_shape(use.path), depth)
+    model = build(config, dtype, is_scorer=item.kind == SCORER, lora=lora_spec(use.lora))
+    size = item.num_rows, item.num_tokens
+    if use.checkpointing and item.train:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if item.kind == SFT:
+        run = sft_pass(model, *size, train=item.train)
+    elif item.kind == RESPONSE:
+        run = response_pass(model, *size, item.response_size, train=item.train)
+    elif item.kind == SCORER:
+        run = scorer_pass(model, *size, train=item.train)
+    elif item.kind == COMPARE:
+        run = compare_pass(model, *size, item.response_size)
+    else:
+        assert item.kind == PREFILL
+        run = prefill_pass(model, *size)
+    return traced(model, config.vocab_size, run, on_cpu=on_cpu)
+
+
+def _decoding(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) -> dict[str, int]:
+    """A cache with a place for every token, and what drawing one needs: log-probabilities, two sums of theirs and the
+    logits."""
+    config = find_shape(use.path)
+    model = build(config, dtype, is_scorer=False)
+    cache_size = item.num_rows * item.num_tokens * cache_bytes_per_token(model, on_cpu=on_cpu)
+    return {CACHE: cache_size, LOGITS: item.num_rows * config.vocab_size * (3 * 4 + dtype.itemsize)}
