@@ -64,11 +64,11 @@ def test_no_alarm_where_nothing_is_exploited(means):
 
 
 def test_false_alarms_are_rare_where_reward_and_judge_flatten_after_a_rise(monkeypatch):
-    """Forty runs of eleven evaluations; the best by chance is among those compared with."""
+    """Twenty-five runs of eleven evaluations; the best by chance is among those compared with."""
     monkeypatch.setattr(overoptimisation, "NUM_DRAWS", 2000)
     means = [(0, 0, 10), (0.5, 0.5, 10), *[(1.0, 0.8, 10)] * 9]
-    false = sum(bool(raised(course(means, num_prompts=100, seed=seed))) for seed in range(40))
-    assert false <= 2, f"{false} of 40 runs"
+    false = sum(bool(raised(course(means, num_prompts=100, seed=seed))) for seed in range(25))
+    assert false <= 1, f"{false} of 25 runs"
 
 
 def test_length_explains_a_gain_that_is_one_of_length():
@@ -183,6 +183,8 @@ def test_an_over_optimised_run_stops_and_the_best_actor_is_back(models, data_fil
     assert evaluated[-2]["eval/preference_accuracy"] != evaluated[0]["eval/preference_accuracy"]
     kept = [json.loads(line) for line in (out / "tokens.jsonl").read_text().splitlines()]
     assert len(kept) == 20 and all(len(row["kl"]) == len(row["tokens"]) for row in kept)
+    last = {row["prompt"]: row["response"] for row in rows if row["kind"] == "policy" and row["step"] == stopped}
+    assert {row["prompt"]: row["response"] for row in kept} == last
 
 
 def test_the_monitor_changes_nothing_of_the_training(models, data_file, cache_dir, tmp_path):

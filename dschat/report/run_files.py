@@ -111,7 +111,7 @@ def _sampled(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
         groups.setdefault((row["kind"], row["step"]), {})[row["prompt"]] = row
     for row in _json_lines(directory / "tokens.jsonl"):
         kept = groups.get((row["kind"], row["step"]), {}).get(row["prompt"])
-        if kept is not None:
+        if kept is not None and kept["response"] == row["response"]:  # drawn again, it may differ by rounding
             kept["tokens"] = row
     steps = [step for kind, step in groups if kind == "policy"]
     restored = [step for kind, step in groups if kind == "restored"]
