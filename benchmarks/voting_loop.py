@@ -1,12 +1,12 @@
-"""One round of the loop on the embedded task: answers through the API, votes through the API, a reward model that has
-read nothing but the votes, and a policy trained on it.
+"""One round of the loop on the embedded task: answers through the API, votes through the API, and two ways from the
+votes to a better policy: DPO on nothing but them, or a reward model that goes on learning from them, and PPO.
 
-    python e2e_rlhf.py --step 1
-    python benchmarks/voting_loop.py            the table of docs/closing-the-loop.md; five minutes of two cores
+    python e2e_rlhf.py
+    python benchmarks/voting_loop.py            the table of docs/closing-the-loop.md; ten minutes of two cores
 
-The task's judge plays the people: it is asked which of two answers of the policy is better, and nothing else. Policies
-are compared on the 300 held-out questions, one answer each, drawn with the same random numbers at temperature 1. What
-is there already is not run again.
+The task's judge plays the people: it is asked which of two answers of the SFT model is better, and nothing else.
+Policies are compared on the 300 held-out questions, one answer each, drawn with the same random numbers at temperature
+1. "PPO, no votes" is e2e_rlhf.py's own, from the reward model as it was. What is there already is not run again.
 """
 
 import argparse
@@ -25,10 +25,13 @@ import httpx2
 from openai import OpenAI
 from toy_runs import ROOT, run
 
+DPO = "step2_dpo_finetuning/main.py"
 REWARD = "step2_reward_model_finetuning/main.py"
 PPO = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
-REWARD_FLAGS = "--learning_rate 5e-4 --num_warmup_steps 10 --num_train_epochs 6 --max_seq_len 128 --eval_fraction 0.2"
-PPO_FLAGS = "--num_train_epochs 3 --best_of_n 0"
+SIZES = "--per_device_train_batch_size 16 --max_seq_len 128 "
+DPO_FLAGS = SIZES + "--learning_rate 6e-4 --num_train_epochs 6 --num_warmup_steps 5"
+REWARD_FLAGS = SIZES + "--learning_rate 3e-4 --num_train_epochs 2 --num_warmup_steps 10"
+PPO_FLAGS = "--best_of_n 0 --eval_interval 45"
 ASKED_AT_ONCE = 8
 
 
@@ -69,10 +72,10 @@ def collect_votes(policy: str, path: Path, num_votes: int, seed: int) -> dict[st
         server.wait()
 
 
-def train(program: str, models: list[str], data: str, flags: str, target: Path) -> None:
+def train(program: str, models: list[str], data: list[str], flags: str, target: Path) -> None:
     if not (target / "run.json").is_file():
         command = [sys.executable if program.endswith(".py") else "bash", str(ROOT / "training" / program), *models]
-        command += ["--data_path", data]
+        command += ["--data_path", *data]
         run([*command, "--output_dir", str(target), *flags.split()], target.with_suffix(".log"), 2)
 
 
@@ -92,24 +95,27 @@ def compare(policies: dict[str, str], output: Path) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="output/actor-models/toy")
+    parser.add_argument("--models", type=Path, default=Path("output"), help="the --output-dir of e2e_rlhf.py")
     parser.add_argument("--num-votes", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the questions and the answers that are voted on")
     parser.add_argument("--output-dir", type=Path, default=Path("output/voting-loop"))
     args = parser.parse_args()
     output = args.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    votes, reward, after = output / "votes.jsonl", output / "reward", output / "policy"
+    votes, before = output / "votes.jsonl", str(args.models / "actor-models/toy")
     if not votes.exists():
-        counts = collect_votes(args.policy, votes, args.num_votes, args.seed)
+        counts = collect_votes(before, votes, args.num_votes, args.seed)
         print(", ".join(f"{kind}: {count}" for kind, count in counts.items()), flush=True)
-    seed = f" --seed {args.seed}"
-    train(REWARD, ["--model_name_or_path", args.policy], str(votes), REWARD_FLAGS + seed, reward)
-    models = ["--actor_model_name_or_path", args.policy, "--critic_model_name_or_path", str(reward)]
-    train(PPO, models, "toy", PPO_FLAGS + seed, after)
-    accuracy = json.loads((reward / "run.json").read_text())["metrics"]
-    print(", ".join(f"{name}: {accuracy[name]:.3f}" for name in sorted(accuracy) if "accuracy" in name))
-    rows = compare({"before": args.policy, "after": str(after / "actor")}, output / "answers")
+    start = ["--model_name_or_path", before]
+    train(DPO, start, [str(votes)], DPO_FLAGS, output / "dpo")
+    old = ["--model_name_or_path", str(args.models / "reward-models/toy")]
+    train(REWARD, old, [f"{votes}:3", "toy:0.1"], REWARD_FLAGS, output / "reward")
+    models = ["--actor_model_name_or_path", before, "--critic_model_name_or_path", str(output / "reward")]
+    train(PPO, models, ["toy"], PPO_FLAGS, output / "ppo")
+    policies = {"before": before, "DPO on the votes": str(output / "dpo")}
+    policies["reward model that read the votes, PPO"] = str(output / "ppo/actor")
+    policies["PPO, no votes"] = str(args.models / "step3-models/toy/actor")
+    rows = compare(policies, output / "answers")
     print(table(["policy", "better than before (95 %)", "judge", "correct"], rows))
 
 

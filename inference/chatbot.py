@@ -14,7 +14,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
 from dschat.models.load import load_causal_lm, max_positions, resolve_dtype
 from dschat.rlhf.rollout import Sampling, banned_token_ids, row_uniforms
-from inference.decoder import Decoder, Emit, Ticket
+from inference.decoder import Decoder, Emit, Ticket, TooManyWaiting
 from inference.lanes import Request, open_lanes
 from inference.replies import Reply
 
@@ -101,7 +101,7 @@ class Chatbot:
         """The answer to the last message, a user's, of a dialogue that may begin with a system message.
 
         Raises:
-            UserError: see `prompt_ids`.
+            UserError: see `prompt_ids`; TooManyWaiting is one too.
         """
         return self.replies(messages, 1, sampling)[0]
 
@@ -110,7 +110,15 @@ class Chatbot:
         chosen = sampling or self.sampling
         ids, num_dropped = self.prompt_ids(messages, chosen)
         rows = self.uniforms(count, chosen.max_new_tokens)
-        return [self._begin(ids, row, chosen, num_dropped) for row in rows]
+        begun: list[Reply] = []
+        try:
+            for row in rows:
+                begun.append(self._begin(ids, row, chosen, num_dropped))
+        except TooManyWaiting:
+            for reply in begun:
+                reply.stop()
+            raise
+        return begun
 
     def _begin(self, ids: list[int], uniforms: torch.Tensor, sampling: Sampling, num_dropped: int) -> "Reply":
         """Its tokens are drawn from now on, whether or not anybody reads them."""

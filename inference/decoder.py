@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from dschat.errors import UserError
 from inference.lanes import Lanes, Request
 
 import torch
@@ -17,7 +18,7 @@ _PAUSE = 0.2  # seconds without work after which it makes itself ready for other
 _SMALL_WEIGHTS = 2**27  # bytes up to which one core decodes faster than several do together
 
 
-class TooManyWaiting(Exception):
+class TooManyWaiting(UserError):
     """The queue is full; try again later."""
 
 

@@ -126,13 +126,11 @@ class Session:
     def answer(self, message: str, earlier: list[Turn]) -> None:
         """Stream the answers to ``message`` after the turns ``earlier``; all that becomes the conversation."""
         prompt = [*self.messages(earlier), Message(role="user", content=message)]
-        try:
-            replies = [bot.reply(prompt, self.sampling(bot)) for bot in self.bots.values()]
-        except UserError as error:
+        begun = self._begin(prompt, 1)
+        if begun is None:
             self.num_refused += 1
-            self.screen.note(f"error: {error}")
             return
-        names = list(self.bots)
+        names, replies = list(begun), [reply for (reply,) in begun.values()]
         whole = self.screen.show(names, replies, lambda text: self._score(prompt, text))
         answers = [Candidate(name, reply.text) for name, reply in zip(names, replies, strict=True)]
         self.turns = [*earlier, Turn(message, answers)]
@@ -146,14 +144,15 @@ class Session:
         message, earlier = self.turns[-1].message, self.turns[:-1]
         prompt = [*self.messages(earlier), Message(role="user", content=message)]
         found: list[tuple[Candidate, float | None]] = []
-        replies = {name: bot.replies(prompt, int(rest), self.sampling(bot)) for name, bot in self.bots.items()}
+        begun = self._begin(prompt, int(rest))
+        if begun is None:
+            return
         try:
-            for name, drawn in replies.items():
+            for name, drawn in begun.items():
                 for text in dict.fromkeys("".join(reply) for reply in drawn):  # the same text once
                     found.append((Candidate(name, text), self._score(prompt, text)))
         except KeyboardInterrupt:
-            for reply in (reply for drawn in replies.values() for reply in drawn):
-                reply.stop()
+            stop(begun)
             return self.screen.note("stopped")
         found.sort(key=lambda one: (one[1] is not None, one[1] or 0.0), reverse=True)
         self.turns = [*earlier, Turn(message, [candidate for candidate, _ in found])]
@@ -247,6 +246,18 @@ class Session:
         ]
         self.screen.note(f"{len(self.turns)} turns from {path}; the next message goes on from there")
 
+    def _begin(self, prompt: Sequence[Message], count: int) -> dict[str, list[Reply]] | None:
+        """So many replies of each model; None, and a note, where one of them cannot answer."""
+        begun: dict[str, list[Reply]] = {}
+        try:
+            for name, bot in self.bots.items():
+                begun[name] = bot.replies(prompt, count, self.sampling(bot))
+        except UserError as error:
+            stop(begun)
+            self.screen.note(f"error: {error}")
+            return None
+        return begun
+
     def _score(self, prompt: Sequence[Message], text: str) -> float | None:
         return self.scorer.score(prompt, text) if self.scorer and text else None
 
@@ -265,6 +276,12 @@ class Session:
                 self.screen.note(f"{who}cut off after {limit} tokens; --max_new_tokens allows more")
             elif not reply.text:
                 self.screen.note(f"{who}the model ended its answer without a word")
+
+
+def stop(begun: dict[str, list[Reply]]) -> None:
+    for replies in begun.values():
+        for reply in replies:
+            reply.stop()
 
 
 def describe(sampling: Sampling) -> dict[str, float]:

@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from dschat.config import parse_config
@@ -198,12 +199,11 @@ class Parrot:
         self.tokenizer, self.stop_after, self.seen, self.sampling = tokenizer, stop_after, [], Sampling(8)
         self.samplings = []
 
-    def reply(self, messages, sampling=None):
+    def replies(self, messages, count, sampling=None):
         self.seen.append(messages)
         self.samplings.append(sampling)
-        return Reply(self.tokens(messages[-1]["content"]), self.tokenizer)
-
-    def replies(self, messages, count, sampling=None):
+        if count == 1:
+            return [Reply(self.tokens(messages[-1]["content"]), self.tokenizer)]
         return [Reply(self.tokens(f"{messages[-1]['content']} {n % 3}"), self.tokenizer) for n in range(count)]
 
     def tokens(self, text):
@@ -358,7 +358,7 @@ class Judge:
 
 def two(tokenizer, tmp_path, screen=None, scorer=None):
     bots = {"one": Parrot(tokenizer), "other": Parrot(tokenizer)}
-    bots["other"].reply = lambda messages, sampling=None: Reply(iter(tokenizer("a fox")["input_ids"]), tokenizer)
+    bots["other"].replies = lambda *_: [Reply(iter(tokenizer("a fox")["input_ids"]), tokenizer)]
     return Session(bots, screen or PlainScreen(), votes=tmp_path / "votes.jsonl", scorer=scorer)
 
 
@@ -394,6 +394,20 @@ def test_best_of_n_is_ordered_and_can_be_voted_on(tokenizer, tmp_path, capsys):
     (record,) = votes_in(tmp_path)
     assert record["responses"] == ["fox 2", "fox 1", "fox 0"] and record["ranks"] == [2, 1, 2]
     assert session.bots["bot"].seen[-1][1]["content"] == "fox 1"
+
+
+def test_when_one_model_cannot_answer_the_others_are_stopped(tokenizer, tmp_path, llama, capsys):
+    session = two(tokenizer, tmp_path)
+    session.bots["other"] = full = Chatbot(llama, tokenizer, Sampling(16), num_slots=1, max_waiting=0)
+    stopped = []
+    session.bots["one"].replies = lambda *_: [Reply(iter([]), tokenizer, stop=lambda: stopped.append(1))]
+    session.handle("/best 4")
+    assert session.handle("fox " * 300) and stopped == [1] and session.num_refused == 1 and session.turns == []
+    session.turns = [Turn("fox", [Candidate("one", "a fox")])]
+    session.handle("/best 4")
+    assert stopped == [1, 1] and "requests are waiting already" in capsys.readouterr().err
+    while full.decoder.load != (0, 0):
+        time.sleep(0.01)
 
 
 def test_temperature_undo_and_load(tokenizer, tmp_path, capsys):

@@ -9,11 +9,14 @@ from dschat.data.loader import Batch
 from dschat.engine.distributed import Runtime, all_reduce_max, all_reduce_sum, gather_rows
 from dschat.functional import sequence_logprobs, token_logprobs
 from dschat.models.forward import response_logits
+from dschat.models.shared_prompt import can_share_prompts, make_tree, tree_logprobs
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+SHARE_BELOW = 0.95  # of the tokens, with padding: attention in a tree is a little more work than in two rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def score_answers(model: nn.Module, family: PreTrainedModel, batch: Batch) -> An
     Where `with_mismatched_logps` has put in those of the second half, only the first half is run.
     """
     if (mismatched := batch.get("mismatched_logps")) is None:
-        logps = _sequence_logps(model, family, batch).view(2, -1).T
+        logps = _pair_logps(model, family, batch)
     else:
         logps = torch.stack([_sequence_logps(model, family, _half(batch, 0)), mismatched], dim=1)
     lengths = batch["response_mask"].sum(1).view(2, -1).T
@@ -83,9 +86,19 @@ def _half(batch: Batch, number: int) -> Batch:
     return {name: batch[name].chunk(2)[number] for name in ("input_ids", "attention_mask", "response_mask")}
 
 
+def _pair_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
+    """(B, 2): the log-probabilities of both answers of each row; the prompt is computed once where that is less."""
+    if can_share_prompts(family):
+        tree = make_tree(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        if tree.input_ids.numel() < SHARE_BELOW * batch["input_ids"].numel():
+            answers = zip(tree_logprobs(model, tree), tree.answer_masks, strict=True)
+            return torch.stack([sequence_logprobs(*answer) for answer in answers], dim=1)
+    return _sequence_logps(model, family, batch).view(2, -1).T
+
+
 def _sequence_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
     """(M,): the log-probability of each sequence's answer, 0 where its response_mask is empty."""
-    response_mask = batch["response_mask"]
+    ids, attended, response_mask = (batch[name] for name in ("input_ids", "attention_mask", "response_mask"))
     size = response_mask.shape[1]
-    logits = response_logits(model, family, batch["input_ids"], batch["attention_mask"], size)
-    return sequence_logprobs(token_logprobs(logits, batch["input_ids"][:, -size:]), response_mask)
+    logits = response_logits(model, family, ids, attended, size)
+    return sequence_logprobs(token_logprobs(logits, ids[:, -size:]), response_mask)
