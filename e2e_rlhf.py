@@ -53,7 +53,7 @@ from training.stages import (
     find_model,
     find_recipe,
     flag_types,
-    list_recipes,
+    pairs_table,
     program,
 )
 
@@ -71,8 +71,7 @@ def main() -> None:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     args = parse_args(sys.argv[1:])
     if args.list:
-        print(f"--actor-model   {list_recipes('sft')}")
-        print(f"--reward-model  sft, the output of step 1; {list_recipes('reward')}")
+        print(*pairs_table(), "", "--reward-model sft (default): the output of step 1", sep="\n")
         return
     start = time.time()
     output, stages = Path(args.output_dir), [key for key in METHODS[args.method] if STAGES[key].step in args.step]
@@ -134,7 +133,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--num-ranks", type=int, help="processes (default: 1; single_node: one for each GPU)")
     add("--data-path", "--data_path", nargs="+", help="as the stages' --data_path (default with the toy model: toy)")
     add("--fresh", action="store_true", help="run every stage again, from its start, also those that are done")
-    add("--list", action="store_true", help="print the models and deployments that have recipes")
+    add("--list", action="store_true", help="print the (model, deployment) pairs that have recipes")
     known = {option for action in parser._actions for option in action.option_strings}
     for key in STAGES:
         for name, kind in flag_types(key).items():

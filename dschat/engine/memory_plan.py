@@ -20,8 +20,8 @@ ACTIVATIONS, LOGITS, GRADIENTS, CACHE = "activations", "logits", "gradients", "K
 BUFFERS, LIBRARIES = "buffers", "libraries"
 BUCKET = 500_000_000  # DeepSpeed's default: elements of a gradient bucket
 MAX_LIVE = 1_000_000_000  # DeepSpeed's default: weights that stay gathered at stage 3
-# CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): measured as what
-# remains of a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
+# CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): what remains of
+# a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
 RUNNING_LIBRARIES = 100e6
 GPU_LIBRARIES = 1.5e9  # CUDA's context and kernels, NCCL's buffers, cuBLAS's workspace: assumed, not measured
 RANKS_PER_NODE = 8
