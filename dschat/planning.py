@@ -108,8 +108,8 @@ def plan_lines(plan: Plan, planned: Planned, batch_flags: Mapping[str, int], cha
     """What follows from a plan: whether it fits, the largest micro-batch, or what would help most; disk."""
     machine = plan.machine
     memory = "memory" if machine.on_cpu else "GPU memory"
-    libraries = f"libraries {gb(machine.libraries)}, allocator {machine.allocator - 1:.0%} of what comes and goes"
-    where = f"in '{plan.fullest.name}'; {libraries}"
+    where = f"in '{plan.fullest.name}'; libraries {gb(machine.libraries)}"
+    where += f", kept of freed activations {gb(plan.kept)}" if plan.kept else ""
     peak = f"peak of a rank: {gb(plan.peak)} GB, of {gb(machine.free)} GB free {memory}, {where}"
     lines = [peak]
     if plan.on_host:

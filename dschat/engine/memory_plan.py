@@ -39,11 +39,6 @@ class Machine:
     libraries: float
     name: str
 
-    @property
-    def allocator(self) -> float:
-        """What freed memory that cannot be used again adds to what comes and goes. CPU: measured (docs/scaling.md)."""
-        return 1.15 if self.on_cpu else 1.0
-
 
 def find_machine(plan_for: str) -> Machine:
     """This machine with the launcher's ranks, or as ``plan_for`` says: "8" ranks here, "8x80" eight GPUs of 80 GB.
@@ -209,8 +204,16 @@ class Plan:
             held.update(model.resting(self.machine))
         return held
 
+    @property
+    def kept(self) -> int:
+        """Bytes that freed activations hold on to. A CPU's allocator gives tensors of many MB back to the system, but
+        keeps the place of smaller ones, as activations are, for the next of them."""
+        sizes = [phase.extra.get(ACTIVATIONS, 0) for phase in self.phases]
+        return max(sizes) if self.machine.on_cpu else 0
+
     def bytes_of(self, phase: Phase) -> float:
-        return self.resting.total() + self.machine.allocator * sum(phase.extra.values())
+        own = sum(phase.extra.values())
+        return self.resting.total() + own + max(0, self.kept - phase.extra.get(ACTIVATIONS, 0))
 
     @property
     def fullest(self) -> Phase:
