@@ -23,6 +23,9 @@ MAX_LIVE = 1_000_000_000  # DeepSpeed's default: weights that stay gathered at s
 # CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): what remains of
 # a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
 RUNNING_LIBRARIES = 100e6
+# Fragments of the heap and buffers of matrix products, on top of what comes and goes: fitted to the first five runs of
+# benchmarks/plan.py.
+CPU_WASTE = 1.15
 GPU_LIBRARIES = 1.5e9  # CUDA's context and kernels, NCCL's buffers, cuBLAS's workspace: assumed, not measured
 RANKS_PER_NODE = 8
 Bytes = Counter[str]  # by kind
@@ -183,7 +186,8 @@ class Phase:
     """A part of the work, and what it takes beside what rests."""
 
     name: str
-    extra: Mapping[str, int]
+    extra: Mapping[str, int]  # at its fullest time
+    activations: int = 0  # the most of them at any time
 
 
 @dataclass(frozen=True)
@@ -208,12 +212,12 @@ class Plan:
     def kept(self) -> int:
         """Bytes that freed activations hold on to. A CPU's allocator gives tensors of many MB back to the system, but
         keeps the place of smaller ones, as activations are, for the next of them."""
-        sizes = [phase.extra.get(ACTIVATIONS, 0) for phase in self.phases]
-        return max(sizes) if self.machine.on_cpu else 0
+        return max(phase.activations for phase in self.phases) if self.machine.on_cpu else 0
 
     def bytes_of(self, phase: Phase) -> float:
-        own = sum(phase.extra.values())
-        return self.resting.total() + own + max(0, self.kept - phase.extra.get(ACTIVATIONS, 0))
+        own = Counter(phase.extra)
+        own[ACTIVATIONS] = max(own[ACTIVATIONS], self.kept)
+        return self.resting.total() + (CPU_WASTE if self.machine.on_cpu else 1.0) * own.total()
 
     @property
     def fullest(self) -> Phase:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 from dschat.engine.memory_plan import (
+    ACTIVATIONS,
     CACHE,
     LOGITS,
     WEIGHTS,
@@ -105,18 +106,18 @@ def phases_of(item: PassUse, use: ModelUse, model: PlannedModel, dtype: torch.dt
     """What the largest pass of a phase takes; of training its three moments: the loss, the end of the backward pass,
     the optimizer's step."""
     *first, last = (model.in_use(machine) + Counter(found) for found in pass_bytes(item, use, dtype, machine.on_cpu))
-    fullest = max(first, key=Counter.total)
+    fullest, activations = max(first, key=Counter.total), max(found[ACTIVATIONS] for found in first)
     if not machine.on_cpu and item.kind != SCORER:  # float32 copies of a block of logits (functional/logprobs.py)
         fullest[LOGITS] += min(3 * 4 * DEVICE_BLOCK, 6 * fullest[LOGITS])
     if item.kind == SAMPLE and model.zero_stage == 3:
         fullest[WEIGHTS] += model.itemsize * model.num_weights  # a rollout at stage 3 gathers a whole copy
     if not item.train:
-        return [Phase(item.phase, fullest)]
+        return [Phase(item.phase, fullest, activations)]
     gradients = model.in_backward(machine)
     if model.accumulates:
         fullest += gradients
     return [
-        Phase(f"{item.phase}: loss", fullest),
+        Phase(f"{item.phase}: loss", fullest, activations),
         Phase(f"{item.phase}: gradients", last + gradients),
         Phase(f"{item.phase}: step", model.in_step(machine)),
     ]
