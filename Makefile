@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CHECKS := .venv/checks
 
-.PHONY: setup demo test test-all check audit docs clean
+.PHONY: setup demo test test-all browser check audit docs clean
 
 setup: $(READY)
 
@@ -19,11 +19,19 @@ $(READY): requirements.txt pyproject.toml
 demo: $(READY)
 	$(BIN)/python e2e_rlhf.py
 
-test: $(READY)
+test: $(READY) browser
 	$(BIN)/python -m pytest -m "not long"
 
-test-all: $(READY)
+test-all: $(READY) browser
 	$(BIN)/python -m pytest
+
+# A browser for the tests of pages, where it costs no password and not much time; without one they are skipped.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& timeout 20 apt-get update -qq >/dev/null 2>&1 \
+		&& timeout 40 apt-get install -qq -y --no-install-recommends --download-only chromium >/dev/null 2>&1 \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1; } \
+		|| echo "no chromium, and it cannot be installed here: the tests in a browser will be skipped"
 
 check: $(READY) $(CHECKS)/.ready
 	$(BIN)/ruff check .

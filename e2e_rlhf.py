@@ -34,7 +34,10 @@ from dschat.data import toy
 from dschat.engine.launch import choose_launcher, wait_for
 from dschat.errors import UserError, run_program
 from dschat.report.metrics import prepare_output_dir, write_whole
+from dschat.report.page import write_page
+from dschat.report.picture import write_picture
 from dschat.report.reward_quality import QUALITY_FOLDER, read_quality
+from dschat.report.run_files import load_run
 from dschat.report.stage_record import NO_EFFECT, Hashes, MadeFrom, StageRecord, code_hash, named_paths
 from dschat.report.summary import (
     before_and_after,
@@ -319,7 +322,7 @@ def peak_rss_of_children() -> float:
 def report(
     method: str, output: Path, outputs: dict[str, Path], records: dict[str, StageRecord], seconds: float
 ) -> None:
-    """Write summary.json and say what came out; of a stage that was done before, with its seconds of then."""
+    """Write summary.json and report.html and say what came out; a stage that was done before counts as it was then."""
     runs = {key: read_run(directory, STAGES[key].record) for key, directory in outputs.items()}
     known = {key: records[key].done or run for key, run in runs.items()}  # a stage may have run without this program
     times = {key: record["seconds"] for key, record in known.items()}
@@ -339,7 +342,10 @@ def report(
     write_whole(path, json.dumps(summary, indent=2) + "\n")
     policy = outputs["ppo"] / "actor" if method == "ppo" else outputs["dpo"]
     chat = shlex.join(["python", os.path.relpath(ROOT / "chat.py"), "--path", str(policy)])
-    ending = [f"written to {path}", f"chat: {chat}"]
+    run = load_run(output, {key: outputs[key] for key in runs if key != "answers"})
+    write_page(output / "report.html", [run])
+    write_picture(output / "report.png", [run])
+    ending = [f"written to {path}", f"report: {output / 'report.html'}", f"chat: {chat}"]
     print("", results_table(summary, graded), "", before_and_after(graded), "", *ending, sep="\n", flush=True)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dschat.config import flags_table
 
+sys.path.append(str(Path(__file__).parents[1]))  # chat.py is a program, not part of an installed package
 TABLE = re.compile(r"(<!-- flags: ([\w.]+):(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

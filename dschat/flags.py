@@ -29,6 +29,7 @@ WITHOUT_EFFECT = {
     *("data_path", "eval_data_path", "ptx_data_path", "data_output_path", "num_workers", "self_check"),
     *("reward_api_timeout", "reward_api_retries", "allow_weak_reward_model", "stall_timeout", "trust_remote_code"),
     *("dry_run", "plan_for", "calibrate"),
+    *("preference_data_path", "preflight", "preflight_prompts", "preflight_samples"),
 }
 # Flags that change rounding alone, as long as an optimizer step and a rollout have as many rows.
 ROUNDING = {

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import math
+import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,127 +13,128 @@ from dschat.data.templates import encode_prompt
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
 from dschat.models.load import load_causal_lm, max_positions, resolve_dtype
-from dschat.rlhf.rollout import Sampling, banned_token_ids, decode
+from dschat.rlhf.rollout import Sampling, banned_token_ids, row_uniforms
+from inference.decoder import Decoder, Emit, Ticket, TooManyWaiting
+from inference.lanes import Request, open_lanes
+from inference.replies import Reply
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 256  # of an answer
-UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+LONGEST_CONTEXT = 4096  # for which steps are recorded in idle moments
 
 
 class Chatbot:
-    """Replies to message lists; keeps no history. The n-th reply depends on the seed, on n and on the messages.
+    """Replies to message lists; keeps no history, but what it has read of a dialogue it does not read again.
+
+    The n-th reply without a seed of its own depends on the chatbot's seed, on n and on the messages.
+
+    Args:
+        sampling: of every reply that does not bring another.
+        num_slots: replies that are decoded together.
+        max_waiting: replies that may wait for a place.
 
     Raises:
         UserError: the model's context has no room for a prompt beside ``sampling.max_new_tokens``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        seed: int | None = None,
+        *,
+        num_slots: int = 1,
+        max_waiting: int = 100,
     ):
         banned = banned_token_ids(tokenizer, model.get_input_embeddings().num_embeddings)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.sampling = dataclasses.replace(sampling, banned_ids=banned)
-        self.prompt_budget = (max_positions(model.config) or math.inf) - sampling.max_new_tokens
-        if self.prompt_budget < 1:
+        self.context = max_positions(model.config) or math.inf
+        if self.context <= sampling.max_new_tokens:
             raise UserError(
                 f"--max_new_tokens {sampling.max_new_tokens} leaves no room for a message: the model has "
-                f"{max_positions(model.config)} positions in all; give a smaller number"
+                f"{self.context} positions in all; give a smaller number"
             )
+        longest = int(min(self.context, LONGEST_CONTEXT))
+        self.lanes = open_lanes(self.model, tokenizer.eos_token_id, num_slots, longest, self.sampling)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self.decoder = Decoder(self.lanes, tokenizer.eos_token_id, max_waiting, size)
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed % 2**63)
 
-    def reply(self, messages: Sequence[Message]) -> "Reply":
-        """The answer to the last message, a user's, of a dialogue that may begin with a system message.
+    @property
+    def note(self) -> str:
+        """Why it is not decoded by the fast way, if so."""
+        return self.lanes.note
+
+    def prompt_ids(self, messages: Sequence[Message], sampling: Sampling | None = None) -> tuple[list[int], int]:
+        """(the ids that the model reads, how many of the oldest turns are left out so that the answer fits too).
 
         Raises:
             UserError: the last message does not fit the context, or the template cannot render the dialogue.
         """
-        ids, num_dropped = trim_history(self.tokenizer, messages, self.prompt_budget)
-        device = self.model.device
-        input_ids = torch.tensor([ids], device=device)
-        uniforms = torch.rand(1, self.sampling.max_new_tokens, generator=self._generator).to(device)
-        eos = self.tokenizer.eos_token_id
-        steps = decode(self.model, input_ids, torch.ones_like(input_ids), self.sampling, uniforms, eos)
-        return Reply((int(tokens) for _, tokens, _ in steps), self.tokenizer, num_dropped)
+        return trim_history(self.tokenizer, messages, self.context - (sampling or self.sampling).max_new_tokens)
 
+    def uniforms(self, count: int, num_tokens: int, seed: int | None = None) -> torch.Tensor:
+        """(count, num_tokens): the random numbers of so many replies, by ``seed`` those of a rollout of that seed."""
+        if seed is not None:
+            return row_uniforms(count, num_tokens, seed)
+        return torch.rand(count, num_tokens, generator=self._generator)
 
-class Reply:
-    """Iterate once for the pieces of text. ``text`` is what was said so far; ``finished``: ended by itself, with EOS.
+    def start(self, ids: list[int], uniforms: torch.Tensor, emit: Emit, sampling: Sampling | None = None) -> Ticket:
+        """Have an answer to these ids decoded; ``emit`` gets its tokens, from another thread.
 
-    ``num_dropped`` is the number of oldest turns that the model did not see because they no longer fit.
-    """
+        Raises:
+            TooManyWaiting: as many wait already as may.
+        """
+        chosen = dataclasses.replace(sampling or self.sampling, banned_ids=self.sampling.banned_ids)
+        return self.decoder.submit(Request(ids, chosen, uniforms), emit)
 
-    def __init__(self, token_ids: Iterator[int], tokenizer: PreTrainedTokenizerBase, num_dropped: int = 0):
-        self.num_dropped = num_dropped
-        self.finished = False
-        self.text = ""
-        self._pieces = self._read(token_ids, tokenizer)
+    def reply(self, messages: Sequence[Message], sampling: Sampling | None = None) -> "Reply":
+        """The answer to the last message, a user's, of a dialogue that may begin with a system message.
 
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        Raises:
+            UserError: see `prompt_ids`; TooManyWaiting is one too.
+        """
+        return self.replies(messages, 1, sampling)[0]
 
-    def _read(self, token_ids: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-        stream = TextStream(tokenizer)
-        for token_id in token_ids:
-            if token_id == tokenizer.eos_token_id:
-                self.finished = True
-                break
-            yield from self._say(stream.push(token_id))
-        yield from self._say(stream.flush())
+    def replies(self, messages: Sequence[Message], count: int, sampling: Sampling | None = None) -> "list[Reply]":
+        """So many answers to the same message, decoded together as far as there are slots."""
+        chosen = sampling or self.sampling
+        ids, num_dropped = self.prompt_ids(messages, chosen)
+        rows = self.uniforms(count, chosen.max_new_tokens)
+        begun: list[Reply] = []
+        try:
+            for row in rows:
+                begun.append(self._begin(ids, row, chosen, num_dropped))
+        except TooManyWaiting:
+            for reply in begun:
+                reply.stop()
+            raise
+        return begun
 
-    def _say(self, piece: str) -> Iterator[str]:
-        if piece:
-            self.text += piece
-            yield piece
+    def _begin(self, ids: list[int], uniforms: torch.Tensor, sampling: Sampling, num_dropped: int) -> "Reply":
+        """Its tokens are drawn from now on, whether or not anybody reads them."""
+        drawn: queue.SimpleQueue[int | None | Exception] = queue.SimpleQueue()
+        ticket = self.start(ids, uniforms, drawn.put, sampling)
 
+        def tokens() -> Iterator[int]:
+            try:
+                while (token := drawn.get()) is not None:
+                    if isinstance(token, Exception):
+                        raise token
+                    yield token
+            finally:
+                ticket.cancel()
 
-class TextStream:
-    """Token ids in, stable text out: the pieces joined are the decoded text of all ids, stripped at both ends.
-
-    A character whose bytes are spread over several tokens comes out once it is whole, white space once something
-    follows it. Only the ids since the last piece but one are decoded again: the ones in front let a tokenizer that
-    drops a leading space see that this is not the beginning.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self._context: list[int] = []  # already out
-        self._waiting: list[int] = []
-        self._started = False
-        self._space = ""
-
-    def push(self, token_id: int) -> str:
-        self._waiting.append(token_id)
-        new = self._new_text()
-        if not new or new.endswith(UNFINISHED):
-            return ""
-        self._context, self._waiting = self._waiting, []
-        return self._without_outer_space(new)
-
-    def flush(self) -> str:
-        """What still waits, be it half a character."""
-        return self._without_outer_space(self._new_text()) if self._waiting else ""
-
-    def _new_text(self) -> str:
-        return self._decode(self._context + self._waiting)[len(self._decode(self._context)) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    def _without_outer_space(self, text: str) -> str:
-        text = self._space + text if self._started else text.lstrip()
-        piece = text.rstrip()
-        self._space = text[len(piece) :]
-        self._started = self._started or bool(piece)
-        return piece
+        return Reply(tokens(), self.tokenizer, num_dropped, ticket.cancel)
 
 
 def trim_history(
@@ -176,6 +178,8 @@ def load_chatbot(
     dtype: str = "auto",
     device: str = "auto",
     chat_template: str = "auto",
+    num_slots: int = 1,
+    max_waiting: int = 100,
 ) -> Chatbot:
     """From a policy directory or a hub name, with the chat template that is stored with the model.
 
@@ -191,7 +195,16 @@ def load_chatbot(
     if not sampling.max_new_tokens:
         room = (max_positions(model.config) or 2 * DEFAULT_NEW_TOKENS) // 2
         sampling = dataclasses.replace(sampling, max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
-    return Chatbot(model.to(where), tokenizer, sampling, seed)
+    return Chatbot(model.to(where), tokenizer, sampling, seed, num_slots=num_slots, max_waiting=max_waiting)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path, without the folders that all of them begin with."""
+    parts = [Path(path).parts for path in paths]
+    shared = 0
+    while len(parts) > 1 and len({part[: shared + 1] for part in parts}) == 1:
+        shared += 1
+    return [str(Path(*part[shared:])) if part[shared:] else path for part, path in zip(parts, paths, strict=True)]
 
 
 def resolve_device(name: str) -> torch.device:

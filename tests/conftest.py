@@ -70,3 +70,12 @@ def model_dirs(tmp_path_factory, tokenizer):
         return made[family]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def chat_server(model_dirs, tmp_path_factory):
+    """`chat.py --web` in a process of its own, once for all who talk to it."""
+    from tests.chat_server import run_server
+
+    with run_server(model_dirs("llama"), tmp_path_factory.mktemp("chat")) as server:
+        yield server

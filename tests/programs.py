@@ -47,6 +47,7 @@ def arguments(stage: str, data: str, cache_dir: str, output_dir: Path, **flags) 
             "actor_learning_rate": 1e-4,
             "critic_learning_rate": 1e-4,
             "allow_weak_reward_model": True,
+            "preflight": "off",
             "max_steps": 2,
         }
     else:

@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+from dschat.data.collate_answers import collate_pairs
 from dschat.data.loader import (
     MicroBatch,
     PromptStream,
@@ -9,7 +10,9 @@ from dschat.data.loader import (
     collate_rankings,
     collate_sft,
     epoch_batches,
+    num_rows,
     split_by_tokens,
+    take_rows,
 )
 from dschat.data.prepare import row_sizes
 from dschat.data.show import show_batch
@@ -167,6 +170,37 @@ def test_collate_rankings():
         margin=[0.5, 0.0, 0.5],
     )
     assert batch["margin"].dtype == torch.float32
+
+
+def ids(rng):
+    return rng.integers(1, 99, rng.integers(3, 9)).tolist()
+
+
+def test_some_rows_of_a_batch_are_the_batch_of_some_rows():
+    """Of every collate function, rows that only fill up included; but for the padding, which stays."""
+    rng = np.random.default_rng(1)
+    supervised = [{"input_ids": ids(rng), "loss_mask": [F, T, T] * 3} for _ in range(5)]
+    for row in supervised:
+        row["loss_mask"] = row["loss_mask"][: len(row["input_ids"])]
+    rankings = [
+        {"input_ids": [ids(rng) for _ in range(k)], "ranks": [*range(1, k + 1)], "prompt_len": 2, "margin": k / 2}
+        for k in (2, 4, 1, 3, 2)
+    ]
+    pairs = [{"chosen_ids": ids(rng), "rejected_ids": ids(rng), "prompt_len": 2} for _ in range(5)]
+    for collate, rows in ((collate_sft, supervised), (collate_rankings, rankings), (collate_pairs, pairs)):
+        whole = collate(rows, 4, PAD)
+        assert num_rows(whole) == 5
+        for low, high in ((0, 5), (0, 2), (2, 4), (3, 5), (4, 5)):
+            part = take_rows(whole, slice(low, high))
+            expected = collate(rows[low:high], max(min(4, high) - low, 0), PAD)
+            assert part.keys() == expected.keys() and num_rows(part) == high - low
+            for name in {"row_mask", "margin"} & part.keys():
+                assert torch.equal(part[name], expected[name])
+            for name in ("attention_mask", "loss_mask", "response_mask", "answer_mask", "ranks"):
+                if name in part:
+                    assert part[name].sum(1).tolist() == expected[name].sum(1).tolist(), name
+            real, wanted = part["attention_mask"], expected["attention_mask"]
+            assert part["input_ids"][real].tolist() == expected["input_ids"][wanted].tolist()
 
 
 def test_collate_prompts_pads_on_the_left():

@@ -38,7 +38,7 @@ def test_a_changed_default_changes_the_page(monkeypatch):
 
 
 def test_every_flag_of_step_3_is_in_its_page():
-    text = (DOCS / "ppo.md").read_text(encoding="utf-8")
+    text = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("ppo.md", "reading-a-run.md"))
     own = {field.name for group in GROUPS for field in dataclasses.fields(group)}
     assert own and all(f"| `--{name}` |" in text for name in own)
 

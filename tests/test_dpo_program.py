@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from dschat.data.tokenizer import load_tokenizer
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.rlhf.preference_objective import CONSTANTS, Objective, probability_above
 from dschat.rlhf.reference_logprobs import reference_logprobs
@@ -68,7 +69,9 @@ def one_step(policy, objective, rows, size: int, num: int) -> tuple[dict, dict]:
     """(statistics, gradients) of `train_step`."""
     engine = PlainEngine(copy.deepcopy(policy))
     batches = micro_batches(rows, size, num)
-    stats, num_rows = program("dpo").train_step(engine, engine.model, objective, batches, rows.runtime)
+    stats, num_rows = program("dpo").train_step(
+        engine, engine.model, objective, batches, MicroBatches(rows.runtime), rows.runtime
+    )
     assert num_rows == len(rows.rows)
     return stats, engine.gradients()
 
@@ -154,7 +157,14 @@ def test_what_fills_up_a_batch_plays_no_part(models, few):
             batch["ref_logps"][~batch["row_mask"]] = math.nan if change else 0.0
             batch["good"][~batch["row_mask"]] = bool(change)
         engine = PlainEngine(copy.deepcopy(models[0]))
-        results.append((program("dpo").train_step(engine, engine.model, objective, batches, rows.runtime)[0], engine))
+        results.append(
+            (
+                program("dpo").train_step(
+                    engine, engine.model, objective, batches, MicroBatches(rows.runtime), rows.runtime
+                )[0],
+                engine,
+            )
+        )
     assert results[0][0] == results[1][0]
     one, other = (engine.gradients() for _, engine in results)
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -10,6 +10,7 @@ from dschat.data.loader import collate_rankings
 from dschat.data.tokenizer import load_tokenizer, train_tokenizer
 from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine, save_weights
 from dschat.engine.distributed import init_runtime
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.models import adapters, lora
 from dschat.models.adapters import add_adapter_reward, load_merged_scorer
@@ -160,7 +161,7 @@ def train_steps(family: str, directory: Path, model_dirs, tokenizer, runtime, **
     spec = TrainSpec(1e-2, 0.0, "constant", 0, 3, 0.0, stage, lora_learning_rate=1e-2, **options)
     engine = create_train_engine(scorer, spec, dtype=FP32, runtime=runtime)
     for batches in batches_of(tokenizer, 3):
-        programs.program("reward").train_step(engine, batches, {}, runtime)
+        programs.program("reward").train_step(engine, batches, {}, MicroBatches(runtime), runtime)
 
     def save(whole) -> None:
         after = dict(whole.named_parameters())

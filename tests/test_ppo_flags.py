@@ -98,6 +98,8 @@ BY_THE_PROGRAM = {
     *("early_stopping_patience", "best_of_n", "self_check", "explain", "allow_weak_reward_model"),
     *("rollout_engine", "old_logprobs", "trust_remote_code", "stall_timeout"),
     *("checkpoint_interval", "keep_checkpoints", "resume", "fresh"),
+    *("preflight", "preflight_prompts", "preflight_samples", "judge", "preference_data_path"),
+    *("max_preference_pairs", "stop_on_overoptimisation"),
 }
 REFUSED = {"top_k", "top_p"}  # any other value than off ends the program
 
@@ -244,6 +246,12 @@ def test_defaults_that_depend_on_other_flags():
             "give both ZeRO 3, or neither",
         ),
         ({"log_interval": 0}, "--log_interval 0"),
+        ({"preflight_samples": 1}, "--preflight_samples 1: expected 2 or more"),
+        ({"judge": "nothing:here"}, "is no reward source"),
+        ({"data_path": ["a.jsonl"], "stop_on_overoptimisation": True, "eval_interval": 1}, "needs --judge"),
+        ({"data_path": ["a.jsonl"], "best_metric": "judge", "eval_interval": 1}, "--best_metric judge needs --judge"),
+        ({"stop_on_overoptimisation": True}, "give --eval_interval"),
+        ({"stop_on_overoptimisation": True, "eval_interval": 1, "best_metric": "score"}, "drop --best_metric"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(changes, expected):

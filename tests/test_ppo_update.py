@@ -220,6 +220,40 @@ def test_micro_batches_by_tokens_make_the_same_update(tokenizer, runtime):
             assert all((ours[name] - plain[name]).abs().max() < 1e-5 for name in plain)
 
 
+def test_an_update_that_memory_does_not_suffice_for_is_the_same(tokenizer, runtime, monkeypatch, capsys):
+    """Actor, critic and the demonstrations of a step, each where two rows are too many."""
+    plain = {name: getattr(ppo_trainer, name) for name in ("policy_logits", "response_values", "demonstrations_loss")}
+    ids = torch.arange(24).view(4, 6) + 20
+    demonstrations = [{"input_ids": ids, "attention_mask": ids > 0, "loss_mask": ids % 6 > 3}]
+
+    def limited(name, rows):
+        def call(*given):
+            batch = given[2 if name == "policy_logits" else 1]
+            if len(batch["input_ids"] if isinstance(batch, dict) else batch) > rows:
+                raise torch.OutOfMemoryError(name)
+            return plain[name](*given)
+
+        return call
+
+    results = []
+    for failing in ("", *plain):
+        for name, function in plain.items():
+            monkeypatch.setattr(ppo_trainer, name, limited(name, 1) if name == failing else function)
+        engine = trained_models(tokenizer, runtime)
+        sampling = sampling_for(engine, tokenizer)
+        experience = off_policy(experience_of(engine, tokenizer, sampling))
+        gradients = capture_gradients(engine)
+        spec = dataclasses.replace(update_spec(4), unsup_coef=0.5)
+        stats = train_rlhf(engine, experience, sampling, spec, 0, runtime, ptx=iter([demonstrations]))
+        results.append((stats, gradients))
+        said = capsys.readouterr().out
+        assert said.count("out of memory on a micro-batch of") == (2 if failing else 0)
+    for (stats,), gradients in results[1:]:
+        assert stats == pytest.approx(results[0][0][0], rel=1e-4, abs=1e-6)
+        for ours, expected in zip(gradients, results[0][1], strict=True):
+            assert all((ours[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+
+
 def test_every_row_is_trained_on_once_an_epoch_in_a_fresh_order(tokenizer, runtime, monkeypatch):
     engine = trained_models(tokenizer, runtime)
     sampling = sampling_for(engine, tokenizer)

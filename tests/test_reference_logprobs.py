@@ -13,7 +13,7 @@ from dschat.engine.release import release
 from dschat.errors import UserError
 from dschat.report.progress import Console
 from dschat.rlhf import reference_logprobs as module
-from dschat.rlhf.answer_logprobs import gather_answers, mismatched_logps, score_answers
+from dschat.rlhf.answer_logprobs import gather_answers, score_answers, with_mismatched_logps
 from dschat.rlhf.answer_rows import AnswerRows
 from dschat.rlhf.reference_logprobs import reference_logprobs, weights_hash, with_frozen_model
 from tests.dpo_oracle import logp
@@ -135,7 +135,7 @@ def test_a_known_second_half_is_taken_as_it_is(model, feedback):
     batch = feedback.collate(feedback.steps[0][0])
     with torch.no_grad():
         whole = score_answers(model, model, batch)
-        part = score_answers(model, model, batch, torch.full((8,), -3.0))
+        part = score_answers(model, model, batch | {"mismatched_logps": torch.full((8,), -3.0)})
     assert torch.allclose(whole.logps[:, 0], part.logps[:, 0], atol=1e-5)
     assert part.logps[:, 1].tolist() == [-3.0] * 8 and torch.equal(whole.lengths, part.lengths)
 
@@ -148,7 +148,8 @@ def test_the_mean_over_mismatched_answers_leaves_out_what_fills_up(model, feedba
     for batch in batches:
         batch["ref_logps"] = torch.randn(8, 2, generator=torch.Generator().manual_seed(len(ratios)))
     engine = copy.deepcopy(model).train()
-    logps, kl = mismatched_logps(engine, model, batches, feedback.runtime)
+    known, kl = with_mismatched_logps(engine, model, batches, feedback.runtime)
+    logps = [batch["mismatched_logps"] for batch in known]
     for step, batch, values in zip(steps, batches, logps, strict=True):
         for i, row in enumerate(step.indices[: step.num_real]):
             own, other = feedback.rows[row], feedback.rows[feedback.others[row]]

@@ -45,8 +45,14 @@ def flags(model_dirs, data_file, cache_dir, tmp_path_factory):
     llama = model_dirs("llama")
     reward = run("reward", data_file, cache_dir, tmp_path_factory.mktemp("reward"), model_name_or_path=llama)
     models = {"actor_model_name_or_path": llama, "critic_model_name_or_path": reward}
+    adapter = run(
+        "reward", data_file, cache_dir, tmp_path_factory.mktemp("lora"), model_name_or_path=llama, lora_dim=4
+    )
+    shared = {"actor_lora_dim": 4, "critic_lora_dim": 4, "share_trunk": True}
+    shared |= {"actor_lora_learning_rate": 1e-2, "critic_model_name_or_path": adapter}
     return {stage: SUPERVISED | {"model_name_or_path": llama} for stage in ("sft", "reward", "dpo")} | {
-        "ppo": PPO | models | {"ptx_data_path": [data_file]}
+        "ppo": PPO | models | {"ptx_data_path": [data_file]},
+        "ppo, LoRA": PPO | models | shared | {"max_steps": 3, "best_of_n": 0, "ppo_epochs": 1},
     }
 
 
@@ -69,23 +75,23 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
-@pytest.mark.parametrize(("stage", "every"), [("sft", 3), ("reward", 2), ("dpo", 3), ("ppo", 5)])
+@pytest.mark.parametrize(("stage", "every"), [("sft", 3), ("reward", 2), ("dpo", 3), ("ppo", 5), ("ppo, LoRA", 6)])
 def test_a_run_stopped_every_few_points_ends_as_one_that_never_was(
     stage, every, flags, data_file, cache_dir, tmp_path, monkeypatch, capsys
 ):
-    run(stage, data_file, cache_dir, tmp_path / "whole", **flags[stage])
+    run(stage.split(",")[0], data_file, cache_dir, tmp_path / "whole", **flags[stage])
     stop_at(monkeypatch, every)
     restarts = 0
     while restarts < 20:
         try:
-            run(stage, data_file, cache_dir, tmp_path / "stopped", **flags[stage])
+            run(stage.split(",")[0], data_file, cache_dir, tmp_path / "stopped", **flags[stage])
             break
         except Stopped as stop:
             assert stop.signal_number == signal.SIGTERM
             assert "the same command continues it" in str(stop)
             restarts += 1
             stop_at(monkeypatch, every)
-    assert restarts >= {"sft": 1, "reward": 2, "dpo": 1, "ppo": 4}[stage]
+    assert restarts >= {"sft": 1, "reward": 2, "dpo": 1, "ppo": 4, "ppo, LoRA": 1}[stage]
     assert capsys.readouterr().out.count("continuing from") == restarts
     expected, found = kill_fuzz.results(tmp_path / "whole"), kill_fuzz.results(tmp_path / "stopped")
     assert len(expected) > 6 and found == expected

@@ -19,8 +19,7 @@ def found(tmp_path_factory):
         shutil.rmtree(root / f"zero{stage}" / "checkpoints" / "step_00000006")
         shutil.copytree(root / f"zero{stage}", root / "one" / f"zero{stage}")
     launch(DRIVER, 2, str(root), ",".join(["read:0:0", "read:1:1", "read:2:2", "read:3:3", "fail"]))
-    cases = ["read:0:0", "read:1:2", "read:3:3", "read:2:3", "read:2:1"]
-    launch(DRIVER, 1, str(root / "one"), ",".join(cases))
+    launch(DRIVER, 1, str(root / "one"), ",".join(f"read:{was}:{now}" for was in range(4) for now in range(4)))
     files = {2: [root / "ranks2-write-0.json", root / "ranks2-read-0-0.json"]}
     files[1] = [root / "one" / "ranks1-read-0-0.json"]
     return {ranks: {k: v for path in paths for k, v in json.loads(path.read_text()).items()}
@@ -34,17 +33,11 @@ def test_two_ranks_go_on_bit_for_bit(found, stage):
     assert len(set(whole)) == len(whole)  # everything moves
 
 
-def test_one_rank_goes_on_where_two_were(found):
-    """ZeRO 0, and ZeRO 1 and 2 as each other; losses and the average to 1e-4, the generator exactly."""
-    for case, source in (("read:0:0", 0), ("read:1:2", 1), ("read:2:1", 2)):
-        assert found[1][case] == pytest.approx(found[2][f"write:{source}"][6:], rel=1e-4), case
-
-
-def test_a_layout_that_cannot_be_continued_is_named(found):
-    for case, was, now in (("read:3:3", 3, 3), ("read:2:3", 2, 3)):
-        message = found[1][case]
-        assert f"was written at ZeRO {was} on 2 ranks and cannot be continued at ZeRO {now} on 1" in message
-        assert "--fresh" in message
+@pytest.mark.parametrize("now", range(4))
+@pytest.mark.parametrize("was", range(4))
+def test_one_rank_goes_on_where_two_were(found, was, now):
+    """Losses and the average up to rounding, the generator exactly; matrices decay, vectors do not."""
+    assert found[1][f"read:{was}:{now}"] == pytest.approx(found[2][f"write:{was}"][6:], rel=1e-6)
 
 
 def test_one_rank_that_cannot_write_leaves_the_others_in_no_collective(found):

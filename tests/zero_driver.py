@@ -1,6 +1,9 @@
-"""Runs steps 1, 2 and 3 at every ZeRO stage in one process per rank, and writes each run's losses as JSON.
+"""Runs steps 1, 2, DPO and 3 at every ZeRO stage in one process per rank, and writes each run's losses as JSON.
 
-RANK=0 WORLD_SIZE=1 python -m tests.zero_driver <model> <reward model> <data> <cache> <output> <stages>
+python -m tests.zero_driver <model> <reward model> <reward adapter> <data> <cache> <output> <stages>
+
+With adapters, on one rank stage 0 alone, on two 2 and 3. DPO is run at stage 0, and on two ranks at all.
+On two ranks it and what has adapters are offloaded where there is anything to offload.
 """
 
 import json
@@ -20,7 +23,7 @@ def losses(directory: str) -> list[dict]:
 
 
 def main() -> None:
-    base, reward, data, cache, root, stages = sys.argv[1:]
+    base, reward, adapter, data, cache, root, stages = sys.argv[1:]
     runtime = init_runtime(0)
     world = runtime.world_size
     result = {}
@@ -31,26 +34,34 @@ def main() -> None:
         sizes = {"per_device_train_batch_size": 6 // world, "gradient_accumulation_steps": 2}
         sft = run("sft", data, cache, out / "sft", model_name_or_path=base, zero_stage=stage, **sizes, **common)
         rm = run("reward", data, cache, out / "reward", model_name_or_path=base, zero_stage=stage, **sizes, **common)
-        ppo = run(
-            "ppo",
-            data,
-            cache,
-            out / "ppo",
-            actor_model_name_or_path=base,
-            critic_model_name_or_path=reward,
-            actor_zero_stage=stage,
-            critic_zero_stage=stage,
-            per_device_generation_batch_size=4 // world,
-            num_samples_per_prompt=2,
-            per_device_training_batch_size=2 // world,
-            gradient_accumulation_steps=2,
-            ppo_epochs=2,
-            actor_learning_rate=1e-3,
-            critic_learning_rate=1e-3,
-            **common,
-        )
+        offload = {"offload": world > 1 and stage > 0}
+        ppo_sizes = {
+            "per_device_generation_batch_size": 4 // world,
+            "num_samples_per_prompt": 2,
+            "per_device_training_batch_size": 2 // world,
+            "gradient_accumulation_steps": 2,
+            "ppo_epochs": 2,
+        }
+        models = {"actor_model_name_or_path": base, "critic_model_name_or_path": reward}
+        placed = {"actor_zero_stage": stage, "critic_zero_stage": stage}
+        rates = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
+        ppo = run("ppo", data, cache, out / "ppo", **models, **placed, **rates, **ppo_sizes, **common)
+        runs = {"sft": sft, "reward": rm, "ppo": ppo}
+        if world > 1 or stage == 0:
+            given = {"model_name_or_path": base, "zero_stage": stage} | offload
+            runs["dpo"] = run("dpo", data, cache, out / "dpo", **given, **sizes, **common)
+        if stage in ((0,) if world == 1 else (2, 3)):
+            lora = {"lora_dim": 4, "zero_stage": stage} | offload
+            runs["sft-lora"] = run(
+                "sft", data, cache, out / "sft-lora", model_name_or_path=base, **lora, **sizes, **common
+            )
+            models["critic_model_name_or_path"] = adapter
+            shared = {"actor_lora_dim": 4, "critic_lora_dim": 4, "share_trunk": True, "critic_learning_rate": 1e-3}
+            runs["ppo-lora"] = run(
+                "ppo", data, cache, out / "ppo-lora", **models, **placed, **shared, **offload, **ppo_sizes, **common
+            )
         if runtime.is_main:
-            result[str(stage)] = {"sft": losses(sft), "reward": losses(rm), "ppo": losses(ppo)}
+            result[str(stage)] = {name: losses(directory) for name, directory in runs.items()}
     if runtime.is_main:
         (Path(root) / f"ranks{world}.json").write_text(json.dumps(result))
 

@@ -61,6 +61,7 @@ def flag_types(key: str) -> dict[str, str]:
         "dschat/flags.py",
         "dschat/rlhf/flags.py",
         "dschat/rlhf/model_flags.py",
+        "dschat/rlhf/monitor_flags.py",
         f"training/{STAGES[key].program}",
     )
     found = read_flags([TRAINING.parent / path for path in sources]) | {"config": "str"}

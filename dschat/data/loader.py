@@ -150,6 +150,26 @@ def collate_prompts(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
     return {"input_ids": reversed_ids.flip(1), "attention_mask": reversed_mask.flip(1)}
 
 
+def num_rows(batch: Batch) -> int:
+    """Of a batch of any `collate_*` here or in `collate_answers`: rows of the data, each of which may make several
+    sequences."""
+    return len(batch.get("ranks", batch.get("row_mask", batch["input_ids"])))
+
+
+def take_rows(batch: Batch, rows: slice) -> Batch:
+    """The given rows of a batch, with all of their sequences, padded as they were."""
+    number, num_sequences = num_rows(batch), len(batch["input_ids"])
+    if "answer_mask" in batch:
+        row_of_sequence = batch["answer_mask"].nonzero()[:, 0]
+    else:
+        row_of_sequence = torch.arange(number, device=batch["input_ids"].device).repeat(num_sequences // number)
+    picked = torch.zeros(number, dtype=torch.bool, device=row_of_sequence.device)
+    picked[rows] = True
+    sequences = picked[row_of_sequence]
+    of_sequences = ("input_ids", "attention_mask", "loss_mask", "response_mask")
+    return {name: value[sequences if name in of_sequences else picked] for name, value in batch.items()}
+
+
 def _pad_right(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) int64 padded with value to the longest sequence, and (B, T) bool: True where a sequence has a token."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])

@@ -56,10 +56,24 @@ class EMA:
         """The average, of this rank's weights."""
         return {"shadows": self._shadows}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        for shadow, saved in zip(self._shadows, state["shadows"], strict=True):
-            shadow.copy_(saved)
+        """Of a run with as many ranks and the same ZeRO stage."""
+        self.load_shards([state])
+
+    @torch.no_grad()
+    def load_shards(self, states: list[dict[str, list[Tensor]]]) -> None:
+        """From the states of each rank of any layout, the first rank's first; one where they are all equal."""
+        for shadow, parameter, *saved in zip(
+            self._shadows, self._parameters, *(state["shadows"] for state in states), strict=True
+        ):
+            values = torch.cat([part.view(-1) for part in saved])
+            if values.numel() != shadow.numel():
+                numel = parameter.ds_numel if self._sharded else shadow.numel()
+                values = values[:numel]  # the last shard may end in padding
+                if self._sharded:
+                    shard = values[shadow.numel() * deepspeed.comm.get_rank() :][: shadow.numel()]
+                    values = torch.cat([shard, shard.new_zeros(shadow.numel() - shard.numel())])
+            shadow.view(-1).copy_(values)
 
     def _weights(self) -> list[Tensor]:
         """What this rank holds of each trained parameter: all of it, or at stage 3 its shard."""

@@ -44,8 +44,8 @@ Result = TypeVar("Result")
 
 
 class Part(Protocol):
-    """Something of a run that changes. Its state is tensors and plain values; with an attribute ``of_each_rank``
-    that is true each rank has a state of its own, otherwise that of rank 0 is everyone's."""
+    """Something of a run that changes. Its state is tensors and plain values, and that of rank 0 is everyone's; not so
+    where an attribute ``of_each_rank`` is true: such a part has a method ``load_shards`` too, as that of `EMA`."""
 
     def state_dict(self) -> Any: ...
 
@@ -127,9 +127,6 @@ class RunState:
     def restore(self, engines: dict[str, deepspeed.DeepSpeedEngine], parts: dict[str, Part]) -> None:
         """Put everything where the checkpoint was; call it last, as it sets the generators. Without one the run
         starts, and what an earlier one left in ``checkpoints`` goes.
-
-        Raises:
-            UserError: the checkpoint is of a number of ranks or a ZeRO stage that cannot be continued here.
         """
         self._engines, self._parts = engines, parts
         if self._source is None:
@@ -142,11 +139,14 @@ class RunState:
             layout = (record["zero_stages"][name], record["ranks"])
             load_engine(engine, source / name, *layout, self.folder / SCRATCH, self.runtime)
         shared = torch.load(source / "shared.pt", map_location="cpu", weights_only=True)
-        rank = self.runtime.rank % record["ranks"]
-        own = torch.load(source / f"rank_{rank:05d}.pt", map_location="cpu", weights_only=True)
-        states = shared | own["parts"]
+        ranks = [torch.load(path, map_location="cpu", weights_only=True) for path in sorted(source.glob("rank_*.pt"))]
+        own = ranks[self.runtime.rank % len(ranks)]
+        same_layout = (record["ranks"], record["zero_stages"]) == (self.runtime.world_size, self._zero_stages)
         for name, part in parts.items():
-            part.load_state_dict(states[name])
+            if same_layout or not hasattr(part, "load_shards"):
+                part.load_state_dict((shared | own["parts"])[name])
+            else:
+                part.load_shards([shared[name]] if name in shared else [rank["parts"][name] for rank in ranks])
         set_random_state(own["random"])
         self._saved = source.name
         self.say(f"continuing from {source}, after step {self.step}")
@@ -226,12 +226,16 @@ class RunState:
                 "step": self.step,
                 "seconds": self.seconds,
                 "ranks": self.runtime.world_size,
-                "zero_stages": {name: engine.zero_optimization_stage() for name, engine in self._engines.items()},
+                "zero_stages": self._zero_stages,
                 "identity": dataclasses.asdict(self._identity),
             }
             (folder / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         state = {"random": random_state(), "parts": {name: part.state_dict() for name, part in own.items()}}
         torch.save(state, folder / f"rank_{self.runtime.rank:05d}.pt")
+
+    @property
+    def _zero_stages(self) -> dict[str, int]:
+        return {name: engine.zero_optimization_stage() for name, engine in self._engines.items()}
 
     def _num_bytes(self) -> int:
         size = sum(map(engine_bytes, self._engines.values())) + 2**20

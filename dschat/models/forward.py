@@ -6,7 +6,8 @@ from dschat.functional import positions_from_mask
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 
 def model_inputs(
@@ -24,6 +25,11 @@ def model_inputs(
 
 def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def attends_to_all(model: PreTrainedModel) -> bool:
+    """Whether every layer attends to all tokens before, in keys and values that it would cache as they are."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 def response_logits(

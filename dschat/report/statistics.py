@@ -55,6 +55,44 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()) - spread, float(values.mean()) + spread
 
 
+def bootstrap_means(values: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
+    """(num_draws, K): the means of ``values`` (N, K) over N rows drawn with replacement, the K columns of a row
+    together (a paired bootstrap over rows, Efron 1979)."""
+    rows = np.random.default_rng(seed).integers(len(values), size=(num_draws, len(values)))
+    return np.stack([column[rows].mean(1) for column in values.T], axis=1)
+
+
+def length_controlled_share(wins: np.ndarray, length_gain: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """The share of prompts won if the answers were equally long, and its 95 % bootstrap interval over prompts.
+
+    The model is P(win) = sigmoid(a + b tanh(g / std(g))) with the gain in length g, as in the length-controlled
+    AlpacaEval (Dubois et al. 2024, eq. 2, without its terms of models and of instructions); the share is sigmoid(a).
+    A normal prior of variance 10 on both keeps them finite where every prompt is won.
+
+    Args:
+        wins: (N,) of 0, 1/2 (a tie) and 1.
+        length_gain: (N,) tokens of the answer less those of the baseline's.
+    """
+    spread = float(length_gain.std())
+    x = np.tanh(length_gain / spread) if spread else np.zeros(len(wins))
+    weights = np.random.default_rng(seed).multinomial(len(wins), np.full(len(wins), 1 / len(wins)), 1000)
+    weights = np.concatenate([np.ones((1, len(wins))), weights])
+    a, b = np.zeros((2, len(weights)))
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
+        slack, curve = weights * (wins - p), weights * p * (1 - p)
+        gradient = slack.sum(1) - a / 10, (slack * x).sum(1) - b / 10
+        aa, ab, bb = curve.sum(1) + 0.1, (curve * x).sum(1), (curve * x * x).sum(1) + 0.1
+        scale = aa * bb - ab * ab
+        step = (bb * gradient[0] - ab * gradient[1]) / scale, (aa * gradient[1] - ab * gradient[0]) / scale
+        a, b = a + np.clip(step[0], -2, 2), b + np.clip(step[1], -2, 2)
+        if max(np.abs(step[0]).max(), np.abs(step[1]).max()) < 1e-9:
+            break
+    shares = 1 / (1 + np.exp(-a))
+    low, high = np.quantile(shares[1:], (0.025, 0.975))
+    return float(shares[0]), float(low), float(high)
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation of ``x`` and ``y`` (N,), equal values sharing their mean rank; NaN where either is constant."""
     a, b = (_mean_ranks(values) - (len(values) - 1) / 2 for values in (x, y))

@@ -47,7 +47,8 @@ def read_run(directory: Path, name: str = "run.json") -> dict[str, Any]:
 
 
 def read_answers(ppo_directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of samples.jsonl by policy: "sft" (step 0), "best_of_8" (or of another number; may lack), "ppo" (last).
+    """The rows of samples.jsonl by policy: "sft" (step 0), "best_of_8" (or of another number; may lack), "ppo" (last,
+    or those of the checkpoint that an alarm of the monitor restored).
 
     Raises:
         ValueError: the file holds one evaluation only, or the policies were asked different prompts.
@@ -61,7 +62,7 @@ def read_answers(ppo_directory: Path) -> dict[str, list[dict[str, Any]]]:
     last = max(step for _, step in groups)
     answers = {SFT: groups[("policy", 0)]}
     answers |= {kind: rows for (kind, _), rows in groups.items() if kind.startswith("best_of_")}
-    answers[PPO] = groups[("policy", last)]
+    answers[PPO] = groups.get(("restored", last)) or groups[("policy", last)]
     prompts = [[row["prompt"] for row in rows] for rows in answers.values()]
     if last == 0 or any(other != prompts[0] for other in prompts):
         raise ValueError(f"{samples}: expected answers to the same prompts before and after training")

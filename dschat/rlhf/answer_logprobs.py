@@ -9,11 +9,14 @@ from dschat.data.loader import Batch
 from dschat.engine.distributed import Runtime, all_reduce_max, all_reduce_sum, gather_rows
 from dschat.functional import sequence_logprobs, token_logprobs
 from dschat.models.forward import response_logits
+from dschat.models.shared_prompt import can_share_prompts, make_tree, tree_logprobs
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+SHARE_BELOW = 0.95  # of the tokens, with padding: attention in a tree is a little more work than in two rows
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,13 @@ class AnswerLogprobs:
         return self.each(lambda values: values[self.row_mask])
 
 
-def score_answers(
-    model: nn.Module, family: PreTrainedModel, batch: Batch, mismatched: Tensor | None = None
-) -> AnswerLogprobs:
+def score_answers(model: nn.Module, family: PreTrainedModel, batch: Batch) -> AnswerLogprobs:
     """One forward over a batch of `dschat.data.collate_answers`, with `ref_logps` (B, 2) in it where there are any.
 
-    ``mismatched`` (B,): log-probabilities of the second half that are known already; then only the first half is run.
+    Where `with_mismatched_logps` has put in those of the second half, only the first half is run.
     """
-    if mismatched is None:
-        logps = _sequence_logps(model, family, batch).view(2, -1).T
+    if (mismatched := batch.get("mismatched_logps")) is None:
+        logps = _pair_logps(model, family, batch)
     else:
         logps = torch.stack([_sequence_logps(model, family, _half(batch, 0)), mismatched], dim=1)
     lengths = batch["response_mask"].sum(1).view(2, -1).T
@@ -64,12 +65,12 @@ def gather_answers(parts: Sequence[AnswerLogprobs], runtime: Runtime) -> AnswerL
 
 
 @torch.no_grad()
-def mismatched_logps(
+def with_mismatched_logps(
     engine: deepspeed.DeepSpeedEngine, family: PreTrainedModel, batches: Sequence[Batch], runtime: Runtime
-) -> tuple[list[Tensor], Tensor]:
-    """(B,) for each batch: the policy's log-probabilities of the mismatched answers, without dropout; and the mean of
-    policy - reference over them, a scalar over all batches and ranks: KTO's estimate of the KL (Ethayarajh et al.
-    2024, there over a micro-batch). Leaves the engine in eval mode."""
+) -> tuple[list[Batch], Tensor]:
+    """The batches with `mismatched_logps` (B,), the policy's log-probabilities of the mismatched answers, without
+    dropout; and the mean of policy - reference over them, a scalar over all batches and ranks: KTO's estimate of the
+    KL (Ethayarajh et al. 2024, there over a micro-batch). Leaves the engine in eval mode."""
     engine.eval()
     logps = [_sequence_logps(engine, family, _half(batch, 1)) for batch in batches]
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
@@ -77,16 +78,27 @@ def mismatched_logps(
         log_ratio = (values - batch["ref_logps"][:, 1])[batch["row_mask"]]
         sums += torch.stack([log_ratio.double().sum(), batch["row_mask"].sum()])
     total, num_rows = all_reduce_sum(sums, runtime)
-    return logps, (total / num_rows).float()
+    known = [batch | {"mismatched_logps": values} for values, batch in zip(logps, batches, strict=True)]
+    return known, (total / num_rows).float()
 
 
 def _half(batch: Batch, number: int) -> Batch:
     return {name: batch[name].chunk(2)[number] for name in ("input_ids", "attention_mask", "response_mask")}
 
 
+def _pair_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
+    """(B, 2): the log-probabilities of both answers of each row; the prompt is computed once where that is less."""
+    if can_share_prompts(family):
+        tree = make_tree(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        if tree.input_ids.numel() < SHARE_BELOW * batch["input_ids"].numel():
+            answers = zip(tree_logprobs(model, tree), tree.answer_masks, strict=True)
+            return torch.stack([sequence_logprobs(*answer) for answer in answers], dim=1)
+    return _sequence_logps(model, family, batch).view(2, -1).T
+
+
 def _sequence_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
     """(M,): the log-probability of each sequence's answer, 0 where its response_mask is empty."""
-    response_mask = batch["response_mask"]
+    ids, attended, response_mask = (batch[name] for name in ("input_ids", "attention_mask", "response_mask"))
     size = response_mask.shape[1]
-    logits = response_logits(model, family, batch["input_ids"], batch["attention_mask"], size)
-    return sequence_logprobs(token_logprobs(logits, batch["input_ids"][:, -size:]), response_mask)
+    logits = response_logits(model, family, ids, attended, size)
+    return sequence_logprobs(token_logprobs(logits, ids[:, -size:]), response_mask)

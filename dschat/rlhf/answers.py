@@ -10,11 +10,11 @@ from typing import Any
 from dschat.data.loader import collate_prompts
 from dschat.data.records import Message
 from dschat.data.templates import encode_prompt
+from dschat.models.precision import tolerance
 from dschat.rlhf.rewards import Samples
 from dschat.rlhf.rollout import Rollout, Sampling, banned_token_ids, generate, row_uniforms
 from dschat.rlhf.rollout_engine import SLOTS, create_decoder
 from dschat.rlhf.samples import describe_rollout
-from dschat.rlhf.self_check import tolerance
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -10,12 +10,12 @@ from typing import Any
 
 from dschat.functional import entropy as entropy_of
 from dschat.functional import full_kl, kl_penalty, ppo_policy_loss, ppo_value_loss, token_logprobs
+from dschat.models.precision import tolerance
 from dschat.report.explain_page import Answer, visible, write_explanation
 from dschat.rlhf.collect import Collector
 from dschat.rlhf.experience import Experience, Shaping, policy_logits, response_values
 from dschat.rlhf.explain_oracle import CHECKED, FEW, GIVEN, UNIT, Floats, Trace, check, compare, kl_of, recompute
 from dschat.rlhf.ppo_trainer import UpdateSpec
-from dschat.rlhf.self_check import tolerance
 
 import torch
 

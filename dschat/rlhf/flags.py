@@ -1,9 +1,11 @@
 """The flags of step 3, in the groups of docs/ppo.md, and the specs that the functions below the program take."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dschat.config import flag, require_not_negative, require_positive
 from dschat.data.prepare import DataSpec
+from dschat.data.sources import parse_source
 from dschat.engine.deepspeed_engine import TrainSpec
 from dschat.engine.workload import Changes, Workload
 from dschat.errors import UserError
@@ -11,7 +13,9 @@ from dschat.flag_checks import check_offload, check_quantized
 from dschat.flags import DataFlags, RunFlags
 from dschat.rlhf.build import ModelsSpec
 from dschat.rlhf.experience import ESTIMATORS, FORWARD, GAE, KL_KINDS, SAMPLER, Shaping
+from dschat.rlhf.judges import TOY
 from dschat.rlhf.model_flags import AdapterFlags, OptimizerFlags
+from dschat.rlhf.monitor_flags import MonitorFlags
 from dschat.rlhf.ppo_trainer import UpdateSpec
 from dschat.rlhf.rewards import parse_reward
 from dschat.rlhf.rollout_engine import ROLLOUT_ENGINES, SLOTS
@@ -161,9 +165,9 @@ class CompanionFlags:
     ema_decay: float = flag(0.992, "of that average, per optimizer step")
     best_metric: str = flag(
         "none",
-        "keep the actor that is best on held-out prompts as best/: by score, or by objective (score minus kl_coef "
-        "times KL); measured every eval_interval",
-        choices=("none", "score", "objective"),
+        "keep the actor that is best on held-out prompts as best/: by score, by objective (score minus kl_coef times "
+        "KL) or by the judge; measured every eval_interval",
+        choices=("none", "score", "objective", "judge"),
     )
     early_stopping_patience: int = flag(0, "stop after so many evaluations without a better best_metric; 0: never")
     best_of_n: int = flag(0, "also score the best of so many samples of the untrained policy per held-out prompt")
@@ -179,18 +183,12 @@ class CompanionFlags:
         if not 0 < self.ema_decay < 1:
             raise UserError(f"--ema_decay {self.ema_decay}: expected a number between 0 and 1")
         if self.early_stopping_patience and self.best_metric == "none":
-            raise UserError("--early_stopping_patience needs --best_metric score or objective")
+            raise UserError("--early_stopping_patience needs --best_metric score, objective or judge")
 
 
 GROUPS = (
-    RolloutFlags,
-    RewardFlags,
-    KLFlags,
-    AdvantageFlags,
-    UpdateFlags,
-    OptimizerFlags,
-    AdapterFlags,
-    CompanionFlags,
+    *(RolloutFlags, RewardFlags, KLFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, AdapterFlags, CompanionFlags),
+    MonitorFlags,
 )
 
 
@@ -206,6 +204,7 @@ class PPOFlags(
     OptimizerFlags,
     AdapterFlags,
     CompanionFlags,
+    MonitorFlags,
 ):
     actor_model_name_or_path: str = flag(help="the policy to train: the output of step 1")
     critic_model_name_or_path: str | None = flag(
@@ -233,6 +232,19 @@ class PPOFlags(
             raise UserError("--old_logprobs sampler knows no whole distribution, as --kl_penalty full needs it")
         if self.best_metric != "none" and not self.eval_interval:
             raise UserError("--best_metric is measured at evaluations; give --eval_interval")
+        for name, needs in (
+            ("best_metric judge", self.best_metric == "judge"),
+            ("stop_on_overoptimisation", self.stop_on_overoptimisation),
+        ):
+            if needs and not self.judged_by:
+                raise UserError(f"--{name} needs --judge, an independent reward to go by")
+        if self.stop_on_overoptimisation and not self.eval_interval:
+            raise UserError("--stop_on_overoptimisation looks at evaluations; give --eval_interval")
+        if self.stop_on_overoptimisation and self.best_metric not in ("none", "judge"):
+            raise UserError(
+                f"--stop_on_overoptimisation goes back to the best by the judge, not by {self.best_metric}; drop "
+                "--best_metric"
+            )
 
     def _check_models(self, reward_kinds: set[str]) -> None:
         """Refuse flags of models that exclude each other or have no effect."""
@@ -268,6 +280,23 @@ class PPOFlags(
     @property
     def rewards(self) -> list[str]:
         return self.reward or [f"{'lora' if self.share_trunk else 'full'}:{self.critic_model_name_or_path}"]
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether every prompt of an evaluation is one of the embedded task, which has a judge and preferences."""
+        return all(parse_source(path)[0] == TOY for path in self.eval_data_path or self.data_path)
+
+    @property
+    def judged_by(self) -> str | None:
+        return self.judge or (TOY if self.is_toy else None)
+
+    @property
+    def preferences_from(self) -> list[str]:
+        return self.preference_data_path or ([TOY] if self.is_toy else [])
+
+    @property
+    def keeps_best_by(self) -> str:
+        return "judge" if self.stop_on_overoptimisation else self.best_metric
 
     @property
     def whitens_advantages(self) -> bool:
@@ -402,12 +431,24 @@ class PPOFlags(
             reward = parse_reward(text)
             place = reward.target.rpartition(":")[0] if reward.kind == "function" else reward.target
             found[f"reward {text}"] = place
+        if judge_place := self.judge_place():
+            found["judge"] = judge_place
         return found
 
     def step_sizes(self, num_ranks: int) -> dict[str, int]:
         prompts = self.per_device_generation_batch_size * self.generation_batches * num_ranks
         minibatch = self.update_spec(num_ranks).minibatch_size
         return {"prompts of a rollout, of all ranks,": prompts, "answers of an optimizer step": minibatch}
+
+    def pairs_shape(self) -> dict[str, Any]:
+        """Of `dschat.rlhf.monitor.load_pairs`."""
+        source = {"eval_fraction": self.eval_fraction, "seed": self.seed, "skip_bad_records": self.skip_bad_records}
+        return {
+            "max_len": self.max_prompt_seq_len + self.max_answer_seq_len,
+            "max_pairs": self.max_preference_pairs,
+            "batch_size": self.per_device_training_batch_size,
+            "source": source | {"cache_dir": self.data_spec(self.seed).cache_dir},
+        }
 
     def ptx_spec(self) -> DataSpec:
         """The demonstrations as step 1 would train on all of them, less what it holds out."""

@@ -12,6 +12,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
 from dschat.models.load import POLICY, load_config, load_trained_scorer, model_role
 from dschat.models.scorer import STATS_FILE, Scorer, check_probes, load_score_stats
+from dschat.rlhf.chat_judge import OPENAI, ChatJudge
 from dschat.rlhf.reward_api import ApiReward
 from dschat.rlhf.reward_sources import FullReward, FunctionReward
 from dschat.rlhf.rewards import CombinedReward, RewardSource, RewardSpec, Samples, parse_reward
@@ -54,6 +55,23 @@ class ToyJudge:
         return self
 
 
+class PointsJudge:
+    """A chat model that gives points."""
+
+    def __init__(self, target: str):
+        self.chat = ChatJudge(target)
+
+    def __call__(self, samples: Samples) -> Verdicts:
+        """
+        Raises:
+            UserError: the server fails.
+        """
+        return Verdicts(self.chat(samples))
+
+    def for_model(self, tokenizer: PreTrainedTokenizerBase) -> "PointsJudge":
+        return self
+
+
 class RewardJudge:
     """The weighted sum of reward sources as a judge."""
 
@@ -82,7 +100,8 @@ def create_judge(
     batch_size: int,
     normalize: bool = True,
 ) -> Judge:
-    """``toy``, or the sum of what step 3 takes as ``--reward``, for the answers of a model with this tokenizer.
+    """``toy``, ``openai:URL#MODEL`` (`ChatJudge`), or the sum of what step 3 takes as ``--reward``, for the answers of
+    a model with this tokenizer.
 
     A plain path is a reward model. Scores are (raw - mean) / std, with ``normalize``, where the model's directory has
     these statistics.
@@ -92,8 +111,11 @@ def create_judge(
     """
     if specs == TOY:
         return ToyJudge()
+    parsed = [judge_spec(text) for text in ([specs] if isinstance(specs, str) else specs)]
+    if parsed[0].kind == OPENAI:
+        return PointsJudge(parsed[0].target)
     sources = []
-    for spec in map(judge_spec, [specs] if isinstance(specs, str) else specs):
+    for spec in parsed:
         source: RewardSource
         if spec.kind in ("full", "lora"):
             own = load_tokenizer(spec.target)
@@ -124,6 +146,8 @@ def check_judge(specs: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, 
             _adapter_base(spec.target)
         elif spec.kind == "api":
             ApiReward(spec.target, tokenizer, batch_size=1).check()
+        elif spec.kind == OPENAI:
+            ChatJudge(spec.target).check()
         elif spec.kind == "function":
             FunctionReward(spec.target, tokenizer)
         elif spec.target != TOY and model_role(spec.target, load_config(spec.target)) == POLICY:
@@ -131,7 +155,10 @@ def check_judge(specs: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, 
 
 
 def judge_spec(text: str) -> RewardSpec:
-    """`parse_reward` of the text; of a plain path the directory says whether it is a whole model or an adapter."""
+    """`parse_reward` of the text, or openai:URL#MODEL; of a plain path the directory says whether it is a whole model
+    or an adapter."""
+    if text.startswith(f"{OPENAI}:"):
+        return RewardSpec(OPENAI, text.removeprefix(f"{OPENAI}:"))
     if ":" in text:
         return parse_reward(text)
     return RewardSpec("lora" if (Path(text) / ADAPTER_CONFIG).is_file() else "full", text)

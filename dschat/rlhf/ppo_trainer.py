@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from dschat.data.loader import Batch
+from dschat.data.loader import Batch, num_rows, take_rows
 from dschat.engine.deepspeed_engine import backward, grad_norm
 from dschat.engine.distributed import Runtime, all_reduce_max, all_reduce_sum
+from dschat.engine.micro_batches import MicroBatches
 from dschat.functional import (
     entropy,
     full_kl,
@@ -68,6 +69,7 @@ def train_rlhf(
     progress: UpdateProgress | None = None,
     after_step: Callable[[int], None] = lambda position: None,
     is_bad: Callable[[int, Stats, Experience], bool] | None = None,
+    memory: MicroBatches | None = None,
 ) -> list[Stats]:
     """``ppo_epochs`` passes over the rollout, each cut into minibatches in a fresh order, the same on every rank.
 
@@ -79,7 +81,7 @@ def train_rlhf(
 
     Where a loss is not finite neither model makes a step; where a gradient is not, its model makes none. ``is_bad``
     gets the position, the statistics and the rows of each minibatch, and says whether it is such a one, whose
-    statistics do not count.
+    statistics do not count. ``memory`` halves the micro-batches where it runs out.
 
     Raises:
         RuntimeError: a step is not finite, and there is no ``is_bad``.
@@ -88,6 +90,7 @@ def train_rlhf(
     orders = [torch.randperm(len(experience), generator=generator) for _ in range(spec.ppo_epochs)]
     minibatches = [rows for order in orders for rows in order.to(experience.scores.device).split(spec.minibatch_size)]
     progress = progress if progress is not None else UpdateProgress()
+    memory = memory or MicroBatches(runtime)
     for rows in minibatches[progress.position :]:
         minibatch = experience.rows(rows)
         if minibatch.action_mask.any():
@@ -96,8 +99,8 @@ def train_rlhf(
             policy: Stats = {}
             if train_policy:
                 demonstrations = next(ptx) if ptx is not None else []
-                policy = add_policy_gradient(engine, minibatch, sampling, spec, runtime, kl_coef, demonstrations)
-            critic = add_critic_gradient(engine, minibatch, spec, runtime) if engine.critic is not None else {}
+                policy = add_policy_gradient(engine, minibatch, sampling, spec, memory, kl_coef, demonstrations)
+            critic = add_critic_gradient(engine, minibatch, spec, memory) if engine.critic is not None else {}
             if not all(map(math.isfinite, (policy | critic).values())):
                 spoil_gradients(engine, minibatch, train_policy)
             stats = policy | critic | step(engine, train_policy)
@@ -138,98 +141,116 @@ def add_policy_gradient(
     minibatch: Experience,
     sampling: Sampling,
     spec: UpdateSpec,
-    runtime: Runtime,
+    memory: MicroBatches,
     kl_coef: float = 0.0,
     demonstrations: list[Batch] | None = None,
 ) -> Stats:
     """The gradient of the actor on the rows of ``minibatch`` (the same on every rank): the clipped objective,
-    minus the entropy bonus, plus the KL term, plus the loss of the demonstrations, each where it is asked for.
+    minus the entropy bonus, plus the KL term, plus ``spec.unsup_coef`` times the mean loss of the demonstrations'
+    tokens (PPO-ptx: Ouyang et al. 2022, eq. 2), each where it is asked for.
 
     Each rank takes every world_size-th row. Every term is divided by the actions (PTX: the tokens) of the whole
     minibatch, so neither micro-batches nor ranks change the step.
     """
     engine.train()
-    num_tokens = float(minibatch.action_mask.sum())
-    sums = _Sums()
-    for batch in micro_batches(minibatch, spec, runtime):
-        mask = batch.action_mask
-        logits = policy_logits(engine.actor, engine, batch)
-        logprobs = token_logprobs(logits, batch.response_ids, **sampling.scored)
-        loss, policy = ppo_policy_loss(
-            logprobs,
-            batch.logprobs,
-            batch.advantages,
-            mask,
-            spec.cliprange,
-            dual_clip=spec.dual_clip,
-            denominator=num_tokens,
-        )
-        sums.add("policy/loss", loss)
-        share = policy["num_tokens"] / num_tokens
-        for name in ("approx_kl", "clip_fraction", "dual_clip_fraction"):
-            if name in policy:
-                sums.add(f"policy/{name}", policy[name] * share)
-        if spec.entropy_coef:
-            bonus = token_mean(entropy(logits, **sampling.scored), mask, denominator=num_tokens)
-            sums.add("policy/entropy_per_token", bonus)
-            loss = loss - spec.entropy_coef * bonus
-        if spec.kl_loss is not None:
-            if spec.kl_loss == "full":
-                with torch.no_grad():
-                    ref_logits = policy_logits(engine.ref, engine, batch)
-                kl = full_kl(logits, ref_logits, **sampling.scored)
-            else:
-                # Padding has a log-probability of about -1e38, whose penalty is infinite: 0 times it is not a number.
-                kl = kl_penalty(torch.where(mask, logprobs, batch.ref_logprobs), batch.ref_logprobs, spec.kl_loss)
-            penalty = token_mean(kl, mask, denominator=num_tokens)
-            sums.add("policy/kl_loss", penalty)
-            loss = loss + kl_coef * penalty
-        backward(engine.actor, loss)
-        drift = torch.where(mask, logprobs.detach() - batch.logprobs, 0.0).abs().max()
-        sums.maximum("policy/ratio_max", policy["ratio_max"])
-        sums.maximum("policy/log_ratio_abs_max", drift)
-    if demonstrations:
-        loss = add_demonstrations_gradient(engine, demonstrations, spec.unsup_coef, runtime)
-        sums.add("policy/ptx_loss", loss)
-    return sums.reduce(runtime)
+    runtime, num_tokens = memory.runtime, float(minibatch.action_mask.sum())
+    ptx_tokens = count_tokens(demonstrations, runtime) if demonstrations else 0.0
+
+    def accumulate() -> _Sums:
+        sums = _Sums()
+        for batch in memory.cut(list(micro_batches(minibatch, spec, runtime)), len, Experience.rows):
+            backward(engine.actor, policy_objective(engine, batch, sampling, spec, num_tokens, kl_coef, sums))
+        # A backward pass of its own frees the graph of the policy first; the sum of the gradients is that of one loss.
+        for demonstration in memory.cut(demonstrations or [], num_rows, take_rows):
+            loss = demonstrations_loss(engine, demonstration, ptx_tokens)
+            backward(engine.actor, spec.unsup_coef * loss)
+            sums.add("policy/ptx_loss", loss)
+        return sums
+
+    return memory.run(engine.actor, accumulate).reduce(runtime)
 
 
-def add_demonstrations_gradient(
-    engine: RLHFEngine, demonstrations: list[Batch], coefficient: float, runtime: Runtime
+def policy_objective(
+    engine: RLHFEngine,
+    batch: Experience,
+    sampling: Sampling,
+    spec: UpdateSpec,
+    num_tokens: float,
+    kl_coef: float,
+    sums: "_Sums",
 ) -> torch.Tensor:
-    """Adds the gradient of ``coefficient`` times the mean loss of the demonstrations' tokens, over all ranks, to that
-    of the same optimizer step (PPO-ptx: Ouyang et al. 2022, eq. 2). Returns this rank's share of the mean.
+    """The share of a micro-batch in the loss of a minibatch of ``num_tokens`` actions, and in its statistics."""
+    mask = batch.action_mask
+    logits = policy_logits(engine.actor, engine, batch)
+    logprobs = token_logprobs(logits, batch.response_ids, **sampling.scored)
+    loss, policy = ppo_policy_loss(
+        logprobs,
+        batch.logprobs,
+        batch.advantages,
+        mask,
+        spec.cliprange,
+        dual_clip=spec.dual_clip,
+        denominator=num_tokens,
+    )
+    sums.add("policy/loss", loss)
+    share = policy["num_tokens"] / num_tokens
+    for name in ("approx_kl", "clip_fraction", "dual_clip_fraction"):
+        if name in policy:
+            sums.add(f"policy/{name}", policy[name] * share)
+    sums.maximum("policy/ratio_max", policy["ratio_max"])
+    drift = torch.where(mask, logprobs.detach() - batch.logprobs, 0.0).abs().max()
+    sums.maximum("policy/log_ratio_abs_max", drift)
+    if spec.entropy_coef:
+        bonus = token_mean(entropy(logits, **sampling.scored), mask, denominator=num_tokens)
+        sums.add("policy/entropy_per_token", bonus)
+        loss = loss - spec.entropy_coef * bonus
+    if spec.kl_loss is not None:
+        if spec.kl_loss == "full":
+            with torch.no_grad():
+                ref_logits = policy_logits(engine.ref, engine, batch)
+            kl = full_kl(logits, ref_logits, **sampling.scored)
+        else:
+            # Padding has a log-probability of about -1e38, whose penalty is infinite: 0 times it is not a number.
+            kl = kl_penalty(torch.where(mask, logprobs, batch.ref_logprobs), batch.ref_logprobs, spec.kl_loss)
+        penalty = token_mean(kl, mask, denominator=num_tokens)
+        sums.add("policy/kl_loss", penalty)
+        loss = loss + kl_coef * penalty
+    return loss
 
-    A backward pass of its own frees the graph of the policy first; the sum of the gradients is that of one loss.
-    """
+
+def demonstrations_loss(engine: RLHFEngine, batch: Batch, num_tokens: float) -> torch.Tensor:
+    """The share of a micro-batch in the mean loss of the step's demonstrations, which have ``num_tokens``."""
+    inputs = model_inputs(engine.family, batch["input_ids"], batch["attention_mask"])
+    logits = engine.actor(**inputs, use_cache=False).logits
+    return sft_loss(logits, batch["input_ids"], batch["loss_mask"], denominator=num_tokens)[0]
+
+
+def count_tokens(demonstrations: list[Batch], runtime: Runtime) -> float:
+    """That are in the loss, over all ranks."""
     counts = torch.stack([batch["loss_mask"].sum() for batch in demonstrations]).sum()
-    num_tokens = all_reduce_sum(counts, runtime).item()
-    total = torch.zeros((), device=runtime.device)
-    for batch in demonstrations:
-        inputs = model_inputs(engine.family, batch["input_ids"], batch["attention_mask"])
-        logits = engine.actor(**inputs, use_cache=False).logits
-        loss, _ = sft_loss(logits, batch["input_ids"], batch["loss_mask"], denominator=num_tokens)
-        backward(engine.actor, coefficient * loss)
-        total += loss.detach()
-    return total
+    return all_reduce_sum(counts, runtime).item()
 
 
-def add_critic_gradient(engine: RLHFEngine, minibatch: Experience, spec: UpdateSpec, runtime: Runtime) -> Stats:
+def add_critic_gradient(engine: RLHFEngine, minibatch: Experience, spec: UpdateSpec, memory: MicroBatches) -> Stats:
     """The gradient of the critic, of the clipped value loss; rows and denominators as for the policy."""
-    critic = engine.critic
+    critic, runtime = engine.critic, memory.runtime
     assert critic is not None
     engine.train()
     num_tokens = float(minibatch.action_mask.sum())
-    sums = _Sums()
-    for batch in micro_batches(minibatch, spec, runtime):
-        values = response_values(critic, batch)[:, :-1]
-        loss, stats = ppo_value_loss(
-            values, batch.values, batch.returns, batch.action_mask, spec.cliprange_value, denominator=num_tokens
-        )
-        backward(critic, spec.vf_coef * loss)
-        sums.add("critic/loss", loss)
-        sums.add("critic/clip_fraction", stats["value_clip_fraction"] * stats["num_tokens"] / num_tokens)
-    return sums.reduce(runtime)
+
+    def accumulate() -> _Sums:
+        sums = _Sums()
+        for batch in memory.cut(list(micro_batches(minibatch, spec, runtime)), len, Experience.rows):
+            values = response_values(critic, batch)[:, :-1]
+            loss, stats = ppo_value_loss(
+                values, batch.values, batch.returns, batch.action_mask, spec.cliprange_value, denominator=num_tokens
+            )
+            backward(critic, spec.vf_coef * loss)
+            sums.add("critic/loss", loss)
+            sums.add("critic/clip_fraction", stats["value_clip_fraction"] * stats["num_tokens"] / num_tokens)
+        return sums
+
+    return memory.run(critic, accumulate).reduce(runtime)
 
 
 def micro_batches(minibatch: Experience, spec: UpdateSpec, runtime: Runtime) -> Iterator[Experience]:

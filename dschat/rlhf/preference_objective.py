@@ -49,7 +49,7 @@ class Objective:
 
         Args:
             rows: of this micro-batch, without those that only fill up.
-            kl: for KTO, the scalar of `mismatched_logps`; default: the mean over these rows.
+            kl: for KTO, the scalar of `with_mismatched_logps`; default: the mean over these rows.
             denominator: the rows of the whole optimizer step; default: of this batch.
         """
         own, other = rows.logps.unbind(1)

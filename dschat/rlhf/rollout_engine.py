@@ -5,13 +5,12 @@ from typing import Any
 
 from dschat.functional import token_logprobs
 from dschat.models.attention import NAME
-from dschat.models.forward import response_logits, takes_positions
+from dschat.models.forward import attends_to_all, response_logits, takes_positions
 from dschat.rlhf.rollout import Rollout, Sampling, generate, row_uniforms
 from dschat.rlhf.slots import SlotDecoder
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 SLOTS, HF = "slots", "hf"
 ROLLOUT_ENGINES = (SLOTS, HF)
@@ -23,7 +22,7 @@ def why_not_slots(model: PreTrainedModel) -> str | None:
         return f"its attention is {model.config._attn_implementation}"
     if not takes_positions(model):
         return "it counts positions from the mask"
-    if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
+    if not attends_to_all(model):
         return "some of its layers do not attend to all that came before"
     return None
 

@@ -1,6 +1,7 @@
 """What must hold exactly in every right run, asserted while it runs: a run that would be silently wrong stops."""
 
 from dschat.functional import shape_rewards
+from dschat.models.precision import tolerance
 from dschat.rlhf.experience import Experience, Shaping, response_values, sequences
 from dschat.rlhf.reward_lora import LoraReward
 from dschat.rlhf.reward_sources import FullReward
@@ -8,11 +9,6 @@ from dschat.rlhf.rewards import CombinedReward, Samples
 
 import torch
 from torch import nn
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far two forwards of the same weights may differ, in nats: rounding, not mathematics."""
-    return 1e-3 if dtype == torch.float32 else 0.3
 
 
 @torch.no_grad()

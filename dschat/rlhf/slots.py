@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from dschat.models.precision import tolerance
 from dschat.rlhf.rollout import Rollout, Sampling, draw
-from dschat.rlhf.self_check import tolerance
 
 import torch
 from torch import Tensor
@@ -108,24 +108,17 @@ class SlotDecoder:
             return self._steps[key]
 
 
-def _record(model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tensor]) -> Step:
-    """One step of ``model`` as a TorchScript function; the plain step on devices other than a CPU.
-
-    The weights are inputs: of constants a trace may merge those that are equal when it is made. Recording makes the
-    step, and so does comparing: the cache is written with the same numbers again.
-
-    Raises:
-        RuntimeError: the recorded step gives other numbers than the model.
-    """
+def forward_step(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """The plain step for inputs of this shape, those of `SlotDecoder.step` without the uniforms: it writes to the
+    cache and gives the logits (S, V) of the next tokens."""
     rows = torch.arange(len(inputs[0]), device=inputs[0].device)[:, None]
-    heads = torch.arange(inputs[3].shape[1], device=rows.device)[None]
-    columns = torch.arange(inputs[3].shape[2], device=rows.device)
-
+    heads = torch.arange(inputs[2].shape[1], device=rows.device)[None]
+    columns = torch.arange(inputs[2].shape[2], device=rows.device)
     size = len(inputs) - len(weights_of(model))
 
-    def step(tokens: Tensor, positions: Tensor, uniforms: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    def step(tokens: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
         where = (rows, heads, positions[:, None])
-        storage, weights = rest[: size - 3], rest[size - 3 :]
+        storage, weights = rest[: size - 2], rest[size - 2 :]
         pairs = zip(storage[::2], storage[1::2], strict=True)
         cache = Cache(layers=[_SlotLayer(keys, values, where) for keys, values in pairs])
         given = {
@@ -137,7 +130,24 @@ def _record(model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tensor]
             "logits_to_keep": 1,
         }
         with _with_weights(model, weights):
-            return draw(model(**given).logits[:, -1], sampling, uniforms)
+            return model(**given).logits[:, -1]
+
+    return step
+
+
+def _record(model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tensor]) -> Step:
+    """One step of ``model`` as a TorchScript function; the plain step on devices other than a CPU.
+
+    The weights are inputs: of constants a trace may merge those that are equal when it is made. Recording makes the
+    step, and so does comparing: the cache is written with the same numbers again.
+
+    Raises:
+        RuntimeError: the recorded step gives other numbers than the model.
+    """
+    forward = forward_step(model, [*inputs[:2], *inputs[3:]])
+
+    def step(tokens: Tensor, positions: Tensor, uniforms: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return draw(forward(tokens, positions, *rest), sampling, uniforms)
 
     if not inputs[0].is_cpu:
         return step

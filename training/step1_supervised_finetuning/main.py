@@ -13,19 +13,22 @@ from dataclasses import dataclass
 from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, to_dict
-from dschat.data.loader import collate_sft, epoch_batches
+from dschat.data.loader import collate_sft, epoch_batches, num_rows, take_rows
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import SFT, Workload
 from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
+from dschat.models.adapter_files import refuse_other_kind
 from dschat.models.forward import model_inputs
-from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
@@ -94,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     if config.lora_dim:
         from dschat.models import lora  # PEFT takes a second to import
@@ -112,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics.log(step, values)
         console.print(f"step {step}: perplexity {values['eval/perplexity']:.2f} on held-out answers")
 
+    memory = MicroBatches(runtime)
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
@@ -121,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             step_start = time.time()
             batches = [collate(data.train, micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
-            loss, num_tokens = train_step(engine, model, batches, config.prompt_loss_weight, runtime)
+            loss, num_tokens = train_step(engine, model, batches, config.prompt_loss_weight, memory, runtime)
             line = {"loss": loss, "grad_norm": grad_norm(engine)}
             rows = partial(repro_rows, data.train, train_batches[step - 1], tokenizer)
             bad_steps.found(f"step {step}", line, rows)
@@ -155,20 +160,26 @@ def train_step(
     model: PreTrainedModel,
     batches: list[Batch],
     prompt_loss_weight: float,
+    memory: MicroBatches,
     runtime: Runtime,
 ) -> tuple[float, float]:
     """One optimizer step over this rank's micro-batches; the loss and the number of tokens seen, over all ranks."""
     engine.train()
-    trained = [trained_tokens(batch, prompt_loss_weight) for batch in batches]
-    counts = [torch.stack([w.sum(), b["attention_mask"].sum()]) for b, (_, w) in zip(batches, trained, strict=True)]
+    weights = [trained_tokens(batch, prompt_loss_weight)[1] for batch in batches]
+    counts = [torch.stack([w.sum(), b["attention_mask"].sum()]) for b, w in zip(batches, weights, strict=True)]
     denominator, num_tokens = all_reduce_sum(torch.stack(counts).sum(0), runtime).tolist()
-    losses = []
-    for batch, (mask, weights) in zip(batches, trained, strict=True):
-        logits = engine(**model_inputs(model, batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
-        loss, _ = sft_loss(logits, batch["input_ids"], mask, weights=weights, denominator=denominator)
-        backward(engine, loss)
-        losses.append(loss.detach())
-    total = all_reduce_sum(torch.stack(losses).sum(), runtime).item()
+
+    def accumulate() -> torch.Tensor:
+        losses = []
+        for batch in memory.cut(batches, num_rows, take_rows):
+            mask, weights = trained_tokens(batch, prompt_loss_weight)
+            logits = engine(**model_inputs(model, batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
+            loss, _ = sft_loss(logits, batch["input_ids"], mask, weights=weights, denominator=denominator)
+            backward(engine, loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    total = all_reduce_sum(memory.run(engine, accumulate), runtime).item()
     engine.step()
     return total, num_tokens
 

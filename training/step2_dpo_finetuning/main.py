@@ -13,22 +13,26 @@ from dataclasses import dataclass
 from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
+from dschat.data.loader import Batch, num_rows, take_rows
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import RESPONSE, Workload
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, SupervisedFlags
-from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.statistics import wilson_interval
-from dschat.rlhf.answer_logprobs import gather_answers, mismatched_logps, score_answers
+from dschat.rlhf.answer_logprobs import AnswerLogprobs, gather_answers, score_answers, with_mismatched_logps
 from dschat.rlhf.answer_rows import AnswerRows
 from dschat.rlhf.preference_objective import CONSTANTS, Objective
 from dschat.rlhf.reference_logprobs import reference_logprobs, weights_hash, with_frozen_model
@@ -37,8 +41,6 @@ import deepspeed
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -132,10 +134,11 @@ def main(argv: list[str] | None = None) -> None:
         placed = {"dtype": dtype, "zero_stage": config.zero_stage, "runtime": runtime}
         with_frozen_model(*paths, tokenizer, config.max_seq_len, ask_reference, **placed)
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     is_own_reference = objective.has_reference and not config.reference_model_name_or_path
-    weights = weights_hash(model) if is_own_reference and runtime.is_main else ""  # now: ZeRO may shard them
+    weights = weights_hash(model) if is_own_reference else ""  # now: without adapters
     if config.lora_dim:
         from dschat.models import lora  # PEFT takes a second to import
 
@@ -160,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             f"margin {values['eval/margin']:.3f}"
         )
 
+    memory = MicroBatches(runtime)
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
@@ -169,13 +173,13 @@ def main(argv: list[str] | None = None) -> None:
             step_start = time.time()
             batches = [train.collate(micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
-            stats, num_rows = train_step(engine, model, objective, batches, runtime)
+            stats, num_seen = train_step(engine, model, objective, batches, memory, runtime)
             line = {"loss": stats["loss"], "grad_norm": grad_norm(engine)}
             rows = partial(repro_rows, data.train, train_batches[step - 1], tokenizer)
             bad_steps.found(f"step {step}", line, rows)
             if step % config.log_interval == 0 or step == len(train_batches):
                 line |= stats | {"lr": rate, "num_bad_steps": bad_steps.number}
-                metrics.log(step, line | {f"perf/{noun}_per_s": num_rows / (time.time() - step_start)})
+                metrics.log(step, line | {f"perf/{noun}_per_s": num_seen / (time.time() - step_start)})
             bar.set_postfix_str(f", loss {stats['loss']:.3f}", refresh=False)
             bar.update()
             if step == len(train_batches) or (config.eval_interval and step % config.eval_interval == 0):
@@ -203,24 +207,30 @@ def train_step(
     model: PreTrainedModel,
     objective: Objective,
     batches: list[Batch],
+    memory: MicroBatches,
     runtime: Runtime,
 ) -> tuple[dict[str, float], float]:
     """One optimizer step over this rank's micro-batches; loss, statistics and the number of rows, of all ranks."""
-    num_rows = all_reduce_sum(torch.stack([batch["row_mask"].sum() for batch in batches]).sum(), runtime).item()
-    mismatched, kl = [None] * len(batches), None
+    total_rows = all_reduce_sum(torch.stack([batch["row_mask"].sum() for batch in batches]).sum(), runtime).item()
+    kl = None
     if not objective.is_paired:
-        mismatched, kl = mismatched_logps(engine, model, batches, runtime)
+        batches, kl = with_mismatched_logps(engine, model, batches, runtime)
     engine.train()
-    losses, scored = [], []
-    for batch, known in zip(batches, mismatched, strict=True):
-        rows = score_answers(engine, model, batch, known)
-        loss, _ = objective.loss(rows.real(), kl=kl, denominator=num_rows)
-        backward(engine, loss)
-        losses.append(loss.detach())
-        scored.append(rows.each(torch.Tensor.detach))
-    loss_value = all_reduce_sum(torch.stack(losses).sum(), runtime).item()
+
+    def accumulate() -> tuple[torch.Tensor, list[AnswerLogprobs]]:
+        losses, scored = [], []
+        for batch in memory.cut(batches, num_rows, take_rows):
+            rows = score_answers(engine, model, batch)
+            loss, _ = objective.loss(rows.real(), kl=kl, denominator=total_rows)
+            backward(engine, loss)
+            losses.append(loss.detach())
+            scored.append(rows.each(torch.Tensor.detach))
+        return torch.stack(losses).sum(), scored
+
+    loss, scored = memory.run(engine, accumulate)
+    loss_value = all_reduce_sum(loss, runtime).item()
     engine.step()
-    return objective.measure(gather_answers(scored, runtime)) | {"loss": loss_value}, num_rows
+    return objective.measure(gather_answers(scored, runtime)) | {"loss": loss_value}, total_rows
 
 
 @torch.no_grad()

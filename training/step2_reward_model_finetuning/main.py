@@ -16,18 +16,21 @@ from functools import partial
 from pathlib import Path
 
 from dschat.config import flag, parse_config, require_not_negative, to_dict
-from dschat.data.loader import Batch, collate_rankings
+from dschat.data.loader import Batch, collate_rankings, num_rows, take_rows
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import SCORER, Workload
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
-from dschat.models.load import REWARD, check_context, load_scorer, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
 from dschat.planning import plan_run
@@ -125,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
     if config.lora_dim:
@@ -151,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return scores
 
+    memory = MicroBatches(runtime)
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             batches = [collate(data.train, micro_batch) for micro_batch in train_batches[step - 1]]
             rate = learning_rate(engine)
             options = {"label_smoothing": config.label_smoothing, "center_coef": config.center_rewards_coefficient}
-            stats, num_pairs = train_step(engine, batches, options, runtime)
+            stats, num_pairs = train_step(engine, batches, options, memory, runtime)
             line = {"loss": stats["loss"], "grad_norm": grad_norm(engine)}
             rows = partial(repro_rows, data.train, train_batches[step - 1], tokenizer)
             bad_steps.found(f"step {step}", line, rows)
@@ -219,21 +224,29 @@ def accuracy_metrics(quality: dict) -> dict[str, float]:
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], options: dict[str, float], runtime: Runtime
+    engine: deepspeed.DeepSpeedEngine,
+    batches: list[Batch],
+    options: dict[str, float],
+    memory: MicroBatches,
+    runtime: Runtime,
 ) -> tuple[dict[str, float], float]:
     """One optimizer step over this rank's micro-batches; loss and accuracy, and the number of pairs, of all ranks."""
     engine.train()
     num_prompts = torch.stack([batch["ranks"].any(dim=1).sum() for batch in batches]).sum()
     num_prompts = all_reduce_sum(num_prompts, runtime).item()
-    sums = []
-    for batch in batches:
-        scores = ranking_scores(engine, batch)
-        loss, stats = listwise_ranking_loss(
-            scores, batch["ranks"], batch["margin"], **options, denominator=num_prompts
-        )
-        backward(engine, loss)
-        sums.append(torch.stack([loss.detach(), stats["accuracy"] * stats["num_pairs"], stats["num_pairs"]]))
-    loss_value, num_correct, num_pairs = all_reduce_sum(torch.stack(sums).sum(0), runtime).tolist()
+
+    def accumulate() -> torch.Tensor:
+        sums = []
+        for batch in memory.cut(batches, num_rows, take_rows):
+            scores = ranking_scores(engine, batch)
+            loss, stats = listwise_ranking_loss(
+                scores, batch["ranks"], batch["margin"], **options, denominator=num_prompts
+            )
+            backward(engine, loss)
+            sums.append(torch.stack([loss.detach(), stats["accuracy"] * stats["num_pairs"], stats["num_pairs"]]))
+        return torch.stack(sums).sum(0)
+
+    loss_value, num_correct, num_pairs = all_reduce_sum(memory.run(engine, accumulate), runtime).tolist()
     engine.step()
     return {"loss": loss_value, "accuracy": num_correct / num_pairs}, num_pairs
 

@@ -12,8 +12,6 @@ whether the server is up. Models of other programs can ask too: LLaMA-Factory's 
 
 import json
 import math
-import signal
-import socket
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +26,10 @@ from dschat.flags import TRUST_HELP
 from dschat.models.load import load_trained_scorer, max_positions, resolve_dtype
 from dschat.models.scorer import Scorer, score_token_ids
 from dschat.report.progress import Console
+from dschat.server import address, listen, serve
 
 import torch
 import transformers
-import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -175,31 +173,6 @@ def create_app(judge: Judge, name: str) -> Starlette:
 def reply(content: dict[str, Any], status: int = 200) -> Response:
     """JSON by Python's json, which has NaN where the standard has nothing."""
     return Response(json.dumps(content), status, media_type="application/json")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        mend = "stop what listens there, or give another --port (0: a free one) or --host"
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; {mend}") from None
-
-
-def address(listener: socket.socket) -> str:
-    """The URL for those who ask: with this machine's name where it listens on every interface."""
-    host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
-def serve(app: Starlette, listener: socket.socket) -> None:
-    """Answer until SIGINT or SIGTERM; what is being scored then is finished first."""
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, server.handle_exit)  # uvicorn raises them again at its end; the default would be fatal
-    server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

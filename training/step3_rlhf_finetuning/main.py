@@ -20,10 +20,12 @@ from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import learning_rate, save_weights, whole_model
 from dschat.engine.distributed import init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
-from dschat.models.load import CRITIC, POLICY, check_context, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
@@ -33,15 +35,20 @@ from dschat.report.samples import SampleWriter
 from dschat.rlhf.build import check_quality, create_models, trained_tables
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
 from dschat.rlhf.demonstrations import Demonstrations
-from dschat.rlhf.evaluate import BestSoFar, best_of_n, evaluate_policy, held_out_prompts
+from dschat.rlhf.evaluate import BestSoFar, best_of_n, held_out_prompts
 from dschat.rlhf.experience import Experience, add_advantages, experience_metrics, repro_responses
 from dschat.rlhf.explain import explain_update
 from dschat.rlhf.flags import PPOFlags
+from dschat.rlhf.judges import check_judge, create_judge
 from dschat.rlhf.kl_coefficient import KLCoefficient
+from dschat.rlhf.monitor import Monitor, load_pairs, restore_best
+from dschat.rlhf.policies import spread
 from dschat.rlhf.ppo_trainer import Stats, mean_of, train_rlhf
+from dschat.rlhf.preflight import check_sample_space
 from dschat.rlhf.rewards import reward_metrics
 from dschat.rlhf.rollout import Sampling, banned_token_ids
 from dschat.rlhf.rollout_engine import create_decoder
+from dschat.rlhf.samples import prompt_text
 from dschat.rlhf.self_check import (
     check_critic_padding,
     check_experience,
@@ -49,6 +56,7 @@ from dschat.rlhf.self_check import (
     check_reward_padding,
     tolerance,
 )
+from dschat.rlhf.token_details import write_token_details
 from dschat.rlhf.update_state import CurrentUpdate, Update
 
 
@@ -78,6 +86,10 @@ def main(argv: list[str] | None = None) -> None:
             longest = config.max_prompt_seq_len + config.max_answer_seq_len
             ptx_rows = load_rows(config.ptx_spec(), "sft", tokenizer, longest).train
             found["ptx_fingerprint"] = ptx_rows._fingerprint
+        pairs = None
+        if config.preferences_from:
+            pairs = load_pairs(config.preferences_from, tokenizer, **config.pairs_shape(), runtime=runtime)
+            found["preference_fingerprint"] = pairs.rows._fingerprint
     data.require_held_out()
     console.print(data.summary("prompts"))
     if run.is_finished(lambda: config.identity(found, dtype, runtime.world_size)):
@@ -147,23 +159,34 @@ def main(argv: list[str] | None = None) -> None:
                 seconds=run.seconds,
             )
 
+    judged_by = None
+    if config.judged_by:
+        check_judge(config.judged_by, tokenizer, [prompt_text(row["messages"]) for row in held_out.rows])
+        size = config.per_device_training_batch_size
+        judged_by = create_judge(config.judged_by, tokenizer, dtype=dtype, device=runtime.device, batch_size=size)
+
     # Train
     metrics = MetricsWriter(config.output_dir, "ppo", runtime.is_main)
     samples_file = SampleWriter(config.output_dir, console, metrics)
     bad_scores = BadScores(config.output_dir, runtime)
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
-    best = BestSoFar(config.best_metric, config.early_stopping_patience)
+    best = BestSoFar(config.keeps_best_by, config.early_stopping_patience)
+    stops = config.stop_on_overoptimisation
+    monitor = Monitor(collector, held_out, judged_by, pairs, Path(config.output_dir), stops)
     kl_coef = KLCoefficient(config.kl_coef, config.kl_target, config.kl_horizon)
     current = CurrentUpdate(runtime.device)
 
     def evaluate_and_log(step: int) -> None:
-        values, rows = evaluate_policy(collector, held_out, config.kl_coef)
+        values, rows = monitor.evaluate(config.kl_coef)
         metrics.log(step, values)
         samples_file.add(step, "policy", rows)
         console.print(
             f"step {step}: held-out score {values['eval/score_mean']:.3f}, KL {values['eval/kl_per_seq']:.2f} nats a "
             f"sequence, {values['eval/response_length']:.1f} tokens, {values['eval/finished_fraction']:.0%} finished"
+            + (f", judge {values['eval/judge_mean']:.3f}" if config.judged_by else "")
         )
+        for finding in monitor.observe(step, values, rows):
+            console.print(f"step {step}: ALARM: {finding.text}")
         if best.improves(step, values):
             save_actor("best")
 
@@ -171,16 +194,22 @@ def main(argv: list[str] | None = None) -> None:
         rows = partial(repro_responses, minibatch, tokenizer)
         return bad_steps.found(f"step {step}, minibatch {position}", stats, rows)
 
+    memory = MicroBatches(runtime)
     engines = {"actor": engine.actor} | ({"critic": engine.critic} if engine.critic is not None else {})
     parts = {"metrics": metrics, "samples": samples_file, "bad_scores": bad_scores, "bad_steps": bad_steps}
-    parts |= {"best": best, "kl_coef": kl_coef}
+    parts |= {"best": best, "kl_coef": kl_coef, "monitor": monitor}
     parts |= {name: part for name, part in (("ptx", ptx), ("ema", engine.ema)) if part is not None}
     run.restore(engines, parts | {"update": current})
     prompts = PromptStream(len(data.train), num_prompts, config.seed, position=run.step)
     if run.is_new:
+        if config.preflight != "off":
+            asked = [data.train[i] for i in spread(len(data.train), config.preflight_prompts)]
+            say = console.print
+            check_sample_space(collector, asked, config.preflight_samples, config.preflight, config.output_dir, say)
         evaluate_and_log(0)
         if config.best_of_n:
-            samples_file.add(0, f"best_of_{config.best_of_n}", best_of_n(collector, held_out, config.best_of_n))
+            chosen = best_of_n(collector, held_out, config.best_of_n, judged_by)
+            samples_file.add(0, f"best_of_{config.best_of_n}", chosen)
     with run, console.bar(num_rollouts, "ppo", run.step) as bar:
         for step in run.steps(num_rollouts):
             seed = config.seed * 1_000_003 + step
@@ -231,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress=current.update.progress,
                 after_step=run.stop_if_asked,
                 is_bad=partial(is_bad, step),
+                memory=memory,
             )
             bar.update()
             if config.self_check and updates:
@@ -258,14 +288,25 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str(f", score {score:.3f}, KL {kl:.2f}", refresh=False)
             if evaluates:
                 evaluate_and_log(step)
+            if monitor.is_over:
+                console.print(f"stopped at step {step} by the alarm: the actor is the one of step {best.step} again")
+                break
             if best.is_over:
                 console.print(f"stopped at step {step}: no better {config.best_metric} since step {best.step}")
                 break
+    last = (monitor.history[-1]["step"], config.output_dir)
+    write_token_details(collector, held_out, shaping, kl_coef.value, *last)
+    if monitor.is_over:
+        metrics.log(last[0], monitor.metrics[monitor.best])
+        samples_file.add(last[0], "restored", monitor.best_rows)
     samples_file.close()
 
     # Save
-    save_actor("actor")
-    if engine.ema is not None:
+    if monitor.is_over:
+        restore_best(config.output_dir, runtime)
+    else:
+        save_actor("actor")
+    if engine.ema is not None and not monitor.is_over:
         with engine.ema.swapped():
             save_actor("actor_ema")
     if engine.critic is not None:

@@ -1,0 +1,110 @@
+"""Micro-batches that memory can hold: where it runs out they are cut in two, and the optimizer step stays the same."""
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from dschat.engine.distributed import Runtime
+
+import deepspeed
+import torch
+
+Rows = TypeVar("Rows")
+Result = TypeVar("Result")
+
+
+class MicroBatches:
+    """How often the micro-batches of a run are halved: never, until memory does not suffice."""
+
+    def __init__(self, runtime: Runtime, say: Callable[[str], None] = print):
+        self.runtime, self.say = runtime, say
+        self.halvings = 0
+        self._most_rows = 0  # of a micro-batch of the pass that is under way
+
+    def cut(
+        self, batches: Sequence[Rows], size: Callable[[Rows], int], take: Callable[[Rows, slice], Rows]
+    ) -> list[Rows]:
+        """The micro-batches, each in at most 2 ** halvings parts of similar size; of one row at least.
+
+        Args:
+            size: of a micro-batch, in rows.
+            take: the given rows of one.
+        """
+        parts = []
+        for batch in batches:
+            rows = -(-size(batch) // 2**self.halvings)
+            self._most_rows = max(self._most_rows, rows)
+            parts += (
+                [take(batch, slice(at, at + rows)) for at in range(0, size(batch), rows)] if self.halvings else [batch]
+            )
+        return parts
+
+    def run(self, engine: deepspeed.DeepSpeedEngine, accumulate: Callable[[], Result]) -> Result:
+        """What ``accumulate`` gives: forward and backward passes of ``engine`` over micro-batches that it gets from
+        `cut`. When memory runs out in it, its gradient is dropped and it is called anew, with micro-batches of half
+        the size from here on. No gradient may be there before, and no optimizer step or collective may be in it.
+
+        Raises:
+            RuntimeError: memory does not suffice for one row; or there are several ranks at ZeRO 2 or 3, where the
+                others wait in a pass that this one cannot finish.
+        """
+        while True:
+            self._most_rows = 0
+            try:
+                return accumulate()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if reason := self._why_not(engine):
+                    raise RuntimeError(
+                        f"out of memory on a micro-batch of {self._most_rows} rows; {reason}"
+                    ) from error
+            # Only here, where the error's traceback no longer holds the activations, is their memory free.
+            drop_gradient(engine)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.halvings += 1
+            self.say(
+                f"rank {self.runtime.rank}: out of memory on a micro-batch of {self._most_rows} rows: they are halved "
+                "from here on, the optimizer steps stay the same"
+            )
+
+    def _why_not(self, engine: deepspeed.DeepSpeedEngine) -> str:
+        if self._most_rows < 2:
+            return "shorten the rows, turn gradient checkpointing on, or shard the model with a higher ZeRO stage"
+        if self.runtime.world_size > 1 and engine.zero_optimization_stage() > 1:
+            return (
+                "make the micro-batches half as large and the accumulation twice as long: the same command with "
+                "that goes on from the last checkpoint, with the same optimizer steps"
+            )
+        if getattr(engine.optimizer, "cpu_offload", False) or getattr(engine.optimizer, "offload_optimizer", False):
+            return "make the micro-batches half as large and the accumulation twice as long"
+        return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device, or of the CPU, which torch tells with a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def drop_gradient(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Forget what backward passes have accumulated since the last step, the last of them broken off in the middle."""
+    stage = engine.zero_optimization_stage()
+    zero = engine.optimizer
+    if stage == 0:
+        engine.module.zero_grad(set_to_none=True)
+        return
+    zero._backward_hook_state.backward_active_depth = 0  # a pass that breaks does not leave
+    if stage == 2:
+        zero.setup_buckets()
+    if stage > 1:
+        zero.independent_gradient_partition_epilogue()  # reduces what hangs in its buckets
+    if stage == 3:
+        coordinator = zero.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():  # the order of modules that the pass would have gone on in
+            coordinator._invalidate_trace()
+        coordinator.release_and_reset_all(engine.module)
+    else:
+        zero.all_grad_tensors = {}
+    zero.zero_grad(set_to_none=True)
