@@ -172,13 +172,13 @@ def test_updates_in_bfloat16_have_their_full_size_from_the_first_one_on(stage, r
 def test_deepspeed_itself_shrinks_the_first_update_in_bfloat16_at_stage_0(runtime):
     """Why `create_train_engine` makes it stage 1; proves that the test above can fail. Once DeepSpeed has mended it,
     this test and the detour can go."""
-    from dschat.engine.deepspeed_engine import _config
+    from dschat.engine.deepspeed_engine import engine_config
     from dschat.engine.optimizer import create_optimizer, create_scheduler
 
     model = Small().bfloat16()
     reference = copy.deepcopy(model)
     optimizer = create_optimizer(model, 0.1, 0.0)
-    config = _config(0, torch.bfloat16) | {"gradient_clipping": 0.0}
+    config = engine_config(0, torch.bfloat16) | {"gradient_clipping": 0.0}
     scheduler = create_scheduler(optimizer, "linear", 0, 2 * NUM_STEPS)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     first, *_ = bfloat16_updates(engine, reference, 0.1)

@@ -184,6 +184,33 @@ def test_new_rows_of_the_embeddings_are_the_same_every_time(model_dirs, tokenize
     assert len(rows[0]) >= 40 and torch.equal(*rows) and rows[0].abs().max() > 0
 
 
+@pytest.mark.parametrize(("kind", "most"), [("4bit", 0.35), ("8bit", 0.05)])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_adapters_train_on_rounded_weights(family, kind, most, model_dirs, tokenizer, tmp_path):
+    """QLoRA (Dettmers et al. 2023): the blocks' weights are integers, near the whole ones; the rest is as it was."""
+    plain = load_causal_lm(model_dirs(family), tokenizer, dtype=FP32, dropout=0.0).eval()
+    model = load_causal_lm(model_dirs(family), tokenizer, dtype=FP32, dropout=0.0, quantization=kind).eval()
+    rounded = {name for name, p in model.named_parameters() if not p.is_floating_point()}
+    assert len(rounded) == {"gpt2": 2 * 4, "qwen2": 2 * 7}[family] and not any("head" in name for name in rounded)
+    expected, found = logits_of(plain, tokenizer), logits_of(model, tokenizer)
+    assert 0 < (found - expected).std() / expected.std() < most
+    add_lora(model, LoraSpec(DIM))
+    assert torch.equal(logits_of(model, tokenizer), found)
+    ids, mask = ragged_prompts(tokenizer)
+    sizes = gradients(model, loss_of(model, ids, mask))
+    assert all((size > 0) == ("lora_B" in name) for name, size in sizes.items())
+    save_model(model, tokenizer, str(tmp_path), model_dirs(family))
+    assert torch.equal(logits_of(load_causal_lm(str(tmp_path), tokenizer, dtype=FP32).eval(), tokenizer), expected)
+    with pytest.raises(UserError, match=f"--load_in_{kind}: .* is an adapter"):
+        load_causal_lm(str(tmp_path), tokenizer, dtype=FP32, quantization=kind)
+
+
+def test_without_bitsandbytes_nothing_is_rounded_silently(model_dirs, tokenizer, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        load_causal_lm(model_dirs("llama"), tokenizer, dtype=FP32, quantization="4bit")
+
+
 # Step 3
 
 

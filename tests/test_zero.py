@@ -20,7 +20,18 @@ def runs(model_dirs, data_file, cache_dir, tmp_path_factory):
     adapter = run("reward", data_file, cache_dir, root / "adapter", model_name_or_path=base, lora_dim=4)
     results = {}
     for world_size in (1, 2):
-        launch("tests.zero_driver", world_size, base, reward, adapter, data_file, cache_dir, str(root), "0,1,2,3")
+        launch(
+            "tests.zero_driver",
+            world_size,
+            base,
+            reward,
+            adapter,
+            data_file,
+            cache_dir,
+            str(root),
+            "0,1,2,3",
+            seconds=900,
+        )
         found = json.loads((root / f"ranks{world_size}.json").read_text())
         results |= {(int(stage), world_size): stages for stage, stages in found.items()}
     return root, results

@@ -47,7 +47,7 @@ def create_train_engine(
     optimizer = create_optimizer(model, spec.learning_rate, spec.weight_decay, spec.lora_learning_rate)
     scheduler = create_scheduler(optimizer, spec.lr_scheduler_type, spec.num_warmup_steps, spec.num_steps)
     zero_stage = max(spec.zero_stage, 1) if dtype in ENGINE_KEY else spec.zero_stage
-    config = _config(zero_stage, dtype, spec.offload) | {"managed_gradient_accumulation": False}
+    config = engine_config(zero_stage, dtype, spec.offload) | {"managed_gradient_accumulation": False}
     config["gradient_clipping"] = spec.max_grad_norm if zero_stage else 0.0  # DeepSpeed's own default is 1.0
     if zero_stage == 0:
         _clip_in_optimizer(model, optimizer, spec.max_grad_norm)
@@ -64,7 +64,7 @@ def create_frozen_model(
     model.requires_grad_(False)
     if zero_stage < 3:
         return model.to(device).eval()
-    config = _config(3, dtype)
+    config = engine_config(3, dtype)
     if offload:
         config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     engine, *_ = deepspeed.initialize(model=model, config=config)
@@ -174,8 +174,8 @@ def _build_like(source: nn.Module) -> nn.Module:
     return type(source)(source.config)
 
 
-def _config(zero_stage: int, dtype: torch.dtype, offload: bool = False) -> dict[str, Any]:
-    """The batch keys are required by DeepSpeed and unused: the programs own their batches."""
+def engine_config(zero_stage: int, dtype: torch.dtype, offload: bool = False) -> dict[str, Any]:
+    """DeepSpeed's. The batch keys are required and unused: the programs own their batches."""
     zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from dschat.engine.sharded_loading import whole_loading
 from dschat.models.forward import model_inputs
 from dschat.models.load import load_scorer
 from dschat.models.lora import load_adapter, merge_adapter, read_adapter
@@ -68,7 +69,7 @@ def add_adapter_reward(model: PreTrainedModel, adapter_dir: str, *, normalize: b
     """
     output: Any = model.get_output_embeddings()
     config, weights = read_adapter(adapter_dir)
-    head = nn.Linear(output.weight.shape[1], 1, bias="score.bias" in weights, device=output.weight.device)
+    head = nn.Linear(output.in_features, 1, bias="score.bias" in weights, device=output.weight.device)
     load_adapter(model, head, config, weights, adapter_dir, NAME)
     model.requires_grad_(False)
     set_adapter(model, [], inference_mode=True)
@@ -87,7 +88,8 @@ def load_merged_scorer(
     Raises:
         UserError: as `add_adapter_reward`.
     """
-    classifier = load_scorer(base_path, tokenizer, dtype=dtype, dropout=0.0)
+    with whole_loading():
+        classifier = load_scorer(base_path, tokenizer, dtype=dtype, dropout=0.0)
     return merge_adapter(classifier, adapter_dir).requires_grad_(True).eval()
 
 

@@ -1,6 +1,5 @@
 """Load and save models as Hugging Face directories. Loading is strict: no weight is silently made up."""
 
-import importlib.util
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -8,8 +7,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 from dschat import remote_code
+from dschat.engine.sharded_loading import whole_loading, whole_weights
 from dschat.errors import UserError
+from dschat.models.adapter_files import adapter_base, adapter_config
 from dschat.models.attention import use_fast_attention
+from dschat.models.quantized import quantized, require_whole
 from dschat.models.scorer import Scorer, check_probes, load_score_stats
 
 import torch
@@ -19,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     PretrainedConfig,
@@ -27,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 POLICY, REWARD, CRITIC = "policy", "reward", "critic"
 
 
@@ -62,17 +62,19 @@ def load_causal_lm(
     """
     model: PreTrainedModel
     if path == "toy":
-        model = AutoModelForCausalLM.from_config(toy_config(tokenizer), dtype=dtype)
+        with whole_loading():
+            model = AutoModelForCausalLM.from_config(toy_config(tokenizer), dtype=dtype)
     else:
         config = load_config(path)
         if model_role(path, config) != POLICY:
             raise UserError(f"{path} is a reward model, not a language model; give the directory of step 1")
         if base := adapter_base(path):
-            _require_whole(path, quantization)
+            require_whole(path, quantization)
             from dschat.models.lora import merge_adapter  # PEFT takes a second to import
 
-            return _fit(merge_adapter(load_causal_lm(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
-        model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype, **_quantized(quantization, dtype))
+            with whole_loading():
+                return _fit(merge_adapter(load_causal_lm(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
+        model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype, **quantized(quantization, dtype))
         _require_exact(path, info["missing_keys"], info["unexpected_keys"])
     return _fit(model, tokenizer, dropout)
 
@@ -93,13 +95,15 @@ def load_scorer(
     if path == "toy":
         config: PretrainedConfig = toy_config(tokenizer)
         config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        with whole_loading():
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         missing, unexpected = ["score.weight"], []
     elif base := adapter_base(path):
-        _require_whole(path, quantization)
+        require_whole(path, quantization)
         from dschat.models.lora import merge_adapter  # PEFT takes a second to import
 
-        return _fit(merge_adapter(load_scorer(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
+        with whole_loading():
+            return _fit(merge_adapter(load_scorer(base, tokenizer, dtype=dtype), path), tokenizer, dropout)
     else:
         model, info = _from_pretrained(
             AutoModelForSequenceClassification,
@@ -107,7 +111,7 @@ def load_scorer(
             load_config(path),
             dtype,
             num_labels=1,
-            **_quantized(quantization, dtype),
+            **quantized(quantization, dtype),
         )
         missing = list(info["missing_keys"])
         trunk = f"{model.base_model_prefix}."
@@ -115,9 +119,10 @@ def load_scorer(
     _require_exact(path, [name for name in missing if not name.startswith("score.")], unexpected)
     if missing:
         head = model.score
-        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+        with whole_weights(head.parameters(), changed=True):
+            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
     return _fit(model, tokenizer, dropout)
 
 
@@ -174,7 +179,7 @@ def model_role(path: str, config: PretrainedConfig) -> str:
         except (ValueError, KeyError) as error:
             raise UserError(f"{record} is damaged ({error}); restore or delete it") from None
     if adapter_base(path):
-        return REWARD if _adapter_config(path).get("task_type") == "SEQ_CLS" else POLICY
+        return REWARD if adapter_config(path).get("task_type") == "SEQ_CLS" else POLICY
     names = config.architectures or []
     return REWARD if any(name.endswith("ForSequenceClassification") for name in names) else POLICY
 
@@ -250,42 +255,6 @@ def save_model(
     ).save_pretrained(directory)
 
 
-def adapter_base(path: str) -> str | None:
-    """The directory or hub name of the model that the adapter in ``path`` was trained on; None: no adapter is there.
-
-    Raises:
-        UserError: the adapter's configuration is damaged, or that directory is no longer there.
-    """
-    where = Path(path)
-    if not (where / ADAPTER_CONFIG).is_file() or (where / "config.json").is_file():
-        return None
-    base = _adapter_config(path).get("base_model_name_or_path") or ""
-    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
-        raise UserError(
-            f"{path} is a LoRA adapter on {base or 'a model that it does not name'}, which is not there; put it back, "
-            f"or correct base_model_name_or_path in {where / ADAPTER_CONFIG}"
-        )
-    return base
-
-
-def _adapter_config(path: str) -> dict[str, Any]:
-    file = Path(path) / ADAPTER_CONFIG
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({_line(error)}); restore it or train the adapter again") from None
-
-
-def refuse_other_kind(directory: str, is_adapter: bool) -> None:
-    """
-    Raises:
-        UserError: a whole model is where an adapter is to be saved, or an adapter where a whole model is.
-    """
-    other = Path(directory) / ("config.json" if is_adapter else ADAPTER_CONFIG)
-    if other.exists():
-        raise UserError(f"{other}: a model of another kind is here; choose another --output_dir, or empty it")
-
-
 def load_config(path: str) -> PretrainedConfig:
     """Of an adapter the configuration of the model that it was trained on.
 
@@ -316,31 +285,6 @@ def _from_pretrained(auto_class: type, path: str, config: PretrainedConfig, dtyp
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         remote_code.refuse_if_asked_for(path, error)
         raise UserError(f"{path} cannot be loaded: {_line(error)}") from None
-
-
-def _quantized(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The argument that makes `from_pretrained` quantize the linear layers of the blocks.
-
-    Raises:
-        UserError: bitsandbytes, which does it, is not installed.
-    """
-    if kind is None:
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--load_in_{kind} needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    heads = ["score", "lm_head", "embed_out"]
-    if kind == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)}
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=heads, **four)}
-
-
-def _require_whole(path: str, kind: str | None) -> None:
-    if kind is not None:
-        raise UserError(
-            f"--load_in_{kind}: {path} is an adapter, and would be merged into rounded weights; train it again with "
-            "--lora_save_merged"
-        )
 
 
 def _line(error: Exception) -> str:
@@ -376,4 +320,5 @@ def _grow_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
     model.resize_token_embeddings(num_tokens, pad_to_multiple_of=8, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for parameter in module.parameters() if module is not None else ():
-            parameter[num_old:] = parameter[:num_old].mean(0, keepdim=True)
+            with whole_weights([parameter], changed=True):
+                parameter[num_old:] = parameter[:num_old].mean(0, keepdim=True)

@@ -8,12 +8,13 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine, unwrap
 from dschat.engine.distributed import Runtime
 from dschat.engine.ema import EMA
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.errors import UserError
 from dschat.models.adapters import add_adapter_reward
 from dschat.models.load import load_causal_lm, load_trained_scorer
 from dschat.models.lora import LoraSpec, add_lora, has_adapters, trained_table
 from dschat.models.precision import upcast_layernorm
-from dschat.models.scorer import Scorer
+from dschat.models.scorer import Scorer, check_probes
 from dschat.models.trunk import shared_copy
 from dschat.report.reward_quality import QUALITY_FOLDER, read_quality, weakness
 from dschat.rlhf.reward_api import ApiReward
@@ -91,17 +92,20 @@ def create_actor_and_reference(
         UserError: not a language model, an adapter of another one.
     """
 
-    def load() -> PreTrainedModel:
-        model = load_causal_lm(spec.actor_path, tokenizer, dtype=dtype, dropout=0.0, quantization=spec.quantization)
+    def load(stage: int) -> PreTrainedModel:
+        with sharded_loading(stage, dtype):
+            model = load_causal_lm(
+                spec.actor_path, tokenizer, dtype=dtype, dropout=0.0, quantization=spec.quantization
+            )
         if spec.upcast_layernorm:
             upcast_layernorm(model)
         return model
 
-    actor, lora, trunk = load(), spec.actor_lora, None
+    actor, lora, trunk = load(spec.actor.zero_stage), spec.actor_lora, None
     if lora is not None and lora.only:
         trunk, reference = shared_copy(actor), shared_copy(actor)
     else:
-        reference = load()
+        reference = load(spec.reference_stage)
     if lora is not None:
         add_lora(actor, lora)
     adapters = {
@@ -139,7 +143,9 @@ def create_critic(
         critic = load_critic_on_trunk(engine.trunk, path, base, tokenizer, lora, normalize=normalize)
     else:
         base = path or spec.actor_path
-        critic = load_critic(path, spec.actor_path, tokenizer, dtype=dtype, normalize=normalize)
+        assert spec.critic is not None
+        with sharded_loading(spec.critic.zero_stage, dtype):
+            critic = load_critic(path, spec.actor_path, tokenizer, dtype=dtype, normalize=normalize)
         if lora is not None:
             add_lora(critic.model, lora)
     engine.critic_base = base if lora is not None and not spec.save_merged else None
@@ -187,11 +193,13 @@ def create_source(
     batch: dict[str, Any] = {"micro_batch_size": spec.micro_batch_size, "device": runtime.device}
     if reward.kind == "full":
         own = load_tokenizer(reward.target)
-        normalize = spec.normalize_reward
-        device = None if spec.reward_stage == 3 else runtime.device  # at stage 3 no rank holds it whole on its device
-        scorer = load_trained_scorer(reward.target, own, dtype=dtype, normalize=normalize, device=device)
+        given: dict[str, Any] = {"dtype": dtype, "normalize": spec.normalize_reward, "verify": False}
+        with sharded_loading(spec.reward_stage, dtype):
+            scorer = load_trained_scorer(reward.target, own, **given)
         place: dict[str, Any] = {"zero_stage": spec.reward_stage, "offload": spec.offload_reward}
         model = create_frozen_model(scorer, dtype=dtype, device=runtime.device, **place)
+        if spec.normalize_reward:
+            check_probes(reward.target, model)
         return FullReward(model, own, tokenizer, **batch)
     if reward.kind == "lora":
         adapter, verify = engine.adapters[reward.target], spec.normalize_reward

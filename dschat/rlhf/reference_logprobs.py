@@ -13,6 +13,7 @@ from pathlib import Path
 from dschat.engine.deepspeed_engine import create_frozen_model
 from dschat.engine.distributed import Runtime, all_reduce_sum
 from dschat.engine.release import release
+from dschat.engine.sharded_loading import sharded_loading, whole_weights
 from dschat.errors import UserError
 from dschat.models.load import check_context, load_causal_lm
 from dschat.report.progress import Console
@@ -30,13 +31,15 @@ VERSION = "1"  # change it with anything here, in answer_logprobs.py or in colla
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """sha256 over the config and the names, shapes and bytes of the weights; before ZeRO shards them."""
+    """sha256 over the config and the names, shapes and bytes of the weights, the same on every rank. Where they are
+    sharded it is a collective."""
     ours = ("_name_or_path", "transformers_version")
     config = {name: value for name, value in model.config.to_dict().items() if name not in ours}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with whole_weights([tensor]):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -49,7 +52,7 @@ def reference_logprobs(
     Args:
         model: the reference, or its engine; it is put into eval mode.
         family: the Hugging Face model inside.
-        weights: its `weights_hash`; only rank 0's counts.
+        weights: its `weights_hash`.
         rows: without their `ref_logps`.
         cache_dir: the folder of the data cache.
         console: shows how far it is.
@@ -95,9 +98,10 @@ def with_frozen_model(
         UserError: no language model, one with another tokenizer than the policy's or with too few positions.
     """
     require_same_tokenizer(policy_path, tokenizer, path)
-    family = load_causal_lm(path, tokenizer, dtype=dtype, dropout=0.0)
+    with sharded_loading(zero_stage, dtype):
+        family = load_causal_lm(path, tokenizer, dtype=dtype, dropout=0.0)
     check_context(family.config, max_seq_len, "--max_seq_len")
-    weights = weights_hash(family) if runtime.is_main else ""
+    weights = weights_hash(family)
     model = create_frozen_model(family, zero_stage=zero_stage, dtype=dtype, device=runtime.device)
     try:
         use(model, family, weights)

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.ema import EMA
+from dschat.engine.sharded_loading import whole_weights
 from dschat.errors import UserError
+from dschat.models.adapter_files import adapter_base
 from dschat.models.adapters import AdapterScorer, load_merged_scorer
-from dschat.models.load import adapter_base, load_scorer, load_trained_scorer
+from dschat.models.load import load_scorer, load_trained_scorer
 from dschat.models.lora import LoraSpec
 from dschat.models.scorer import Scorer, load_score_stats
 from dschat.models.trunk import critic_on_trunk
@@ -59,7 +62,9 @@ def load_critic(
     """
     if path is None:
         model = load_scorer(actor_path, tokenizer, dtype=dtype, dropout=0.0)
-        nn.init.zeros_(model.score.weight)  # type: ignore[arg-type, union-attr]
+        head: Any = model.score
+        with whole_weights([head.weight], changed=True):
+            nn.init.zeros_(head.weight)
         return Scorer(model)
     require_same_tokenizer(actor_path, tokenizer, path)
     if (Path(path) / CONFIG_NAME).is_file():

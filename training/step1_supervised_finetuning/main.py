@@ -21,12 +21,14 @@ from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_n
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import SFT, Workload
 from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
+from dschat.models.adapter_files import refuse_other_kind
 from dschat.models.forward import model_inputs
-from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
@@ -95,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     if config.lora_dim:
         from dschat.models import lora  # PEFT takes a second to import

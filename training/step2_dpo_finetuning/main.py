@@ -21,10 +21,12 @@ from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_n
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import RESPONSE, Workload
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, SupervisedFlags
-from dschat.models.load import POLICY, check_context, load_causal_lm, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
@@ -132,10 +134,11 @@ def main(argv: list[str] | None = None) -> None:
         placed = {"dtype": dtype, "zero_stage": config.zero_stage, "runtime": runtime}
         with_frozen_model(*paths, tokenizer, config.max_seq_len, ask_reference, **placed)
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     is_own_reference = objective.has_reference and not config.reference_model_name_or_path
-    weights = weights_hash(model) if is_own_reference and runtime.is_main else ""  # now: ZeRO may shard them
+    weights = weights_hash(model) if is_own_reference else ""  # now: without adapters
     if config.lora_dim:
         from dschat.models import lora  # PEFT takes a second to import
 

@@ -24,11 +24,13 @@ from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_n
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import SCORER, Workload
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.functional import listwise_ranking_loss
-from dschat.models.load import REWARD, check_context, load_scorer, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
 from dschat.planning import plan_run
@@ -126,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
-    classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
+    with sharded_loading(config.zero_stage, dtype):
+        classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
     if config.lora_dim:

@@ -24,7 +24,8 @@ from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
 from dschat.errors import UserError, run_program
 from dschat.flags import REMOVED
-from dschat.models.load import CRITIC, POLICY, check_context, refuse_other_kind, resolve_dtype, save_model
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps

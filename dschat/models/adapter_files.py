@@ -1,0 +1,47 @@
+"""The directory of an adapter: what tells it from that of a whole model, and what it stands on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dschat.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+
+
+def adapter_base(path: str) -> str | None:
+    """The directory or hub name of the model that the adapter in ``path`` was trained on; None: no adapter is there.
+
+    Raises:
+        UserError: the adapter's configuration is damaged, or that directory is no longer there.
+    """
+    where = Path(path)
+    if not (where / ADAPTER_CONFIG).is_file() or (where / "config.json").is_file():
+        return None
+    base = adapter_config(path).get("base_model_name_or_path") or ""
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise UserError(
+            f"{path} is a LoRA adapter on {base or 'a model that it does not name'}, which is not there; put it back, "
+            f"or correct base_model_name_or_path in {where / ADAPTER_CONFIG}"
+        )
+    return base
+
+
+def adapter_config(path: str) -> dict[str, Any]:
+    file = Path(path) / ADAPTER_CONFIG
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({' '.join(str(error).split())[:200]}); restore it or train the adapter again"
+        ) from None
+
+
+def refuse_other_kind(directory: str, is_adapter: bool) -> None:
+    """
+    Raises:
+        UserError: a whole model is where an adapter is to be saved, or an adapter where a whole model is.
+    """
+    other = Path(directory) / ("config.json" if is_adapter else ADAPTER_CONFIG)
+    if other.exists():
+        raise UserError(f"{other}: a model of another kind is here; choose another --output_dir, or empty it")
