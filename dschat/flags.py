@@ -29,7 +29,7 @@ WITHOUT_EFFECT = {
     *("data_path", "eval_data_path", "ptx_data_path", "data_output_path", "num_workers", "self_check"),
     *("reward_api_timeout", "reward_api_retries", "allow_weak_reward_model", "stall_timeout", "trust_remote_code"),
     *("dry_run", "plan_for", "calibrate"),
-    *("preference_data_path", "preflight", "preflight_prompts", "preflight_samples"),
+    *("report_to", "preference_data_path", "preflight", "preflight_prompts", "preflight_samples"),
 }
 # Flags that change rounding alone, as long as an optimizer step and a rollout have as many rows.
 ROUNDING = {
@@ -53,6 +53,7 @@ class RunFlags(metaclass=ABCMeta):
     max_grad_norm: float = flag(1.0, "clip the gradient's L2 norm; 0: never")
     eval_interval: int = flag(0, "evaluate every so many steps (step 3: rollouts); 0: before and after training only")
     log_interval: int = flag(1, "steps between lines of metrics.jsonl")
+    report_to: str = flag("none", "send the metrics to wandb too, through its own library", choices=("none", "wandb"))
     trust_remote_code: bool = flag(False, TRUST_HELP)
     stall_timeout: float = flag(
         1800.0, "several ranks: one that gives no sign or makes no step for so many seconds ends the job; 0: never"
@@ -98,8 +99,8 @@ class RunFlags(metaclass=ABCMeta):
         """What decides the run's memory."""
 
     @abstractmethod
-    def plan_hints(self) -> tuple[list[str], list[Changes]]:
-        """The flags that say how many rows a pass has; changes of flags that save memory."""
+    def plan_hints(self) -> tuple[dict[str, int], list[Changes]]:
+        """The flags that say how many rows a pass has, times what; changes of flags that save memory."""
 
     @property
     def asks_for_plan(self) -> bool:
@@ -263,7 +264,7 @@ class SupervisedFlags(RunFlags, DataFlags):
         checkpoints = self.keep_checkpoints if self.checkpoint_interval else 0
         return Workload(title, self.dtype, (model,), tuple(passes), checkpoints, (length, "--max_seq_len"))
 
-    def plan_hints(self) -> tuple[list[str], list[Changes]]:
+    def plan_hints(self) -> tuple[dict[str, int], list[Changes]]:
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         changes: list[Changes] = [
             {"gradient_checkpointing": True},
@@ -276,8 +277,9 @@ class SupervisedFlags(RunFlags, DataFlags):
             {"lora_dim": self.lora_dim or 64},
             {"dtype": "bf16"},
         ]
-        flag_name = "max_tokens_per_batch" if self.max_tokens_per_batch else "per_device_train_batch_size"
-        return [flag_name], changes
+        if self.max_tokens_per_batch:
+            return {"max_tokens_per_batch": self.max_seq_len}, changes
+        return {"per_device_train_batch_size": 1}, changes
 
     def train_spec(self, num_steps: int) -> TrainSpec:
         return TrainSpec(
