@@ -18,12 +18,14 @@ from pathlib import Path
 from random import Random
 
 from dschat.data import toy
-from dschat.report.monitor_file import read_alarms
+from dschat.report.findings import policy_findings
+from dschat.report.overoptimisation import Measured, alarm
 from dschat.report.page import write_page
 from dschat.report.picture import write_picture
 from dschat.report.progress import table
 from dschat.report.run_files import evaluations, load_run
 
+import numpy as np
 from toy_runs import ROOT, run
 
 STEP3 = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
@@ -31,13 +33,38 @@ SHORT = "--max_steps 30 --per_device_generation_batch_size 60 --per_device_train
 SHORT += "--max_eval_samples 200 --best_of_n 0"
 HOLES = f"function:{ROOT / 'benchmarks/alarm_rewards.py'}"
 FAST = "--kl_coef 0 --actor_learning_rate 3e-3 --num_warmup_steps 5"
-# name -> (flags of step 3, the alarms of which one must be raised)
+# name -> (flags of step 3, the alarms of which one must be raised, the metrics of its picture)
 FAULTS = {
-    "hack": (f"--reward full:REWARD {HOLES}:thanks --clip_reward_value 0 --kl_coef 0.02", {"overoptimised"}),
-    "endless": (f"--reward {HOLES}:words --missing_eos_penalty 0 --clip_reward_value 0 {FAST}", {"endless"}),
-    "collapse": (f"--reward full:REWARD 3*{HOLES}:sameness {FAST}", {"collapse", "overoptimised"}),
-    "kl": (f"--reward -1*full:REWARD {FAST} --max_grad_norm 0", {"kl", "collapse", "repetition", "endless"}),
-    "weak-reward": ("--reward full:WEAK --allow_weak_reward_model", set()),
+    "hack": (
+        f"--reward full:REWARD {HOLES}:thanks --clip_reward_value 0 --kl_coef 0.02",
+        {"overoptimised"},
+        ("eval/score_mean", "eval/judge_mean", "eval/judge_agreement"),
+    ),
+    "hack-stopped": (
+        f"--reward full:REWARD {HOLES}:thanks --clip_reward_value 0 --kl_coef 0.02 --stop_on_overoptimisation",
+        {"overoptimised"},
+        ("eval/score_mean", "eval/judge_mean", "eval/kl_per_seq"),
+    ),
+    "endless": (
+        f"--reward {HOLES}:words --missing_eos_penalty 0 --clip_reward_value 0 {FAST}",
+        {"endless"},
+        ("eval/finished_fraction", "eval/response_length", "eval/judge_mean"),
+    ),
+    "collapse": (
+        f"--reward full:REWARD 3*{HOLES}:sameness {FAST}",
+        {"collapse", "overoptimised"},
+        ("objective/entropy_per_token", "eval/distinct_2", "eval/judge_mean"),
+    ),
+    "kl": (
+        f"--reward -1*full:REWARD {FAST} --max_grad_norm 0",
+        {"kl"},
+        ("eval/kl_per_seq", "policy/approx_kl", "eval/judge_mean"),
+    ),
+    "weak-reward": (
+        "--reward full:WEAK --allow_weak_reward_model",
+        set(),
+        ("eval/score_mean", "eval/judge_mean", "eval/judge_agreement"),
+    ),
 }
 SEEDS = range(1, 11)
 
@@ -87,11 +114,27 @@ def refused(base: Path, output: Path) -> str:
     return f"exit code {done.returncode}: {done.stderr.strip()}"
 
 
+def alarms_of(directory: Path) -> dict[str, int]:
+    """The alarms of a run, each with the rollout that raised it first: as step 3 raised them, or would today, from its
+    samples and metrics. They change nothing of a run that does not stop for them."""
+    samples: dict[int, list[dict]] = {}
+    for line in (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        if sample["kind"] == "policy":
+            samples.setdefault(sample["step"], []).append(sample)
+    history, raised = [], {}
+    lines = evaluations(load_run(directory))
+    for line in lines:
+        columns = [[sample[name] for sample in samples[line["step"]]] for name in ("score", "judge", "length")]
+        history.append(Measured(line["step"], *(np.array(column, dtype=float) for column in columns)))
+        found = [each for each in (alarm(history),) if each is not None] + policy_findings(lines[0], line)
+        for finding in found:
+            raised.setdefault(finding.kind, line["step"])
+    return raised
+
+
 def row(directory: Path, expected: set[str] | None) -> list[str]:
-    found = load_run(directory)
-    raised: dict[str, int] = {}
-    for alarm in read_alarms(directory):
-        raised.setdefault(alarm["kind"], alarm["step"])
+    found, raised = load_run(directory), alarms_of(directory)
     first, last = evaluations(found)[0], evaluations(found)[-1]
     judged = [line["eval/judge_mean"] for line in evaluations(found)]
     if expected is None:
@@ -118,7 +161,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, a thread each")
     args = parser.parse_args()
     runs = [(f"healthy-{seed}", seed, "", None) for seed in args.seeds if "healthy" in args.only]
-    runs += [(name, 1, *FAULTS[name]) for name in FAULTS if name in args.only]
+    runs += [(name, 1, *FAULTS[name][:2]) for name in FAULTS if name in args.only]
     if "weak-reward" in args.only:
         random_labels(args.base)
         print(refused(args.base, args.output_dir))
@@ -132,7 +175,7 @@ def main() -> None:
         if name in FAULTS and healthy.is_dir():
             pair = [load_run(healthy, name="healthy"), load_run(args.output_dir / name)]
             write_page(reports / f"{name}.html", pair)
-            write_picture(reports / f"{name}.png", pair)
+            write_picture(reports / f"{name}.png", pair, FAULTS[name][2])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ WITHOUT_EFFECT = {
     *("data_path", "eval_data_path", "ptx_data_path", "data_output_path", "num_workers", "self_check"),
     *("reward_api_timeout", "reward_api_retries", "allow_weak_reward_model", "stall_timeout", "trust_remote_code"),
     *("dry_run", "plan_for", "calibrate"),
-    *("preference_data_path", "preflight", "preflight_prompts", "preflight_samples"),
+    *("report_to", "preference_data_path", "preflight", "preflight_prompts", "preflight_samples"),
 }
 # Flags that change rounding alone, as long as an optimizer step and a rollout have as many rows.
 ROUNDING = {
@@ -53,6 +53,7 @@ class RunFlags(metaclass=ABCMeta):
     max_grad_norm: float = flag(1.0, "clip the gradient's L2 norm; 0: never")
     eval_interval: int = flag(0, "evaluate every so many steps (step 3: rollouts); 0: before and after training only")
     log_interval: int = flag(1, "steps between lines of metrics.jsonl")
+    report_to: str = flag("none", "send the metrics to wandb too, through its own library", choices=("none", "wandb"))
     trust_remote_code: bool = flag(False, TRUST_HELP)
     stall_timeout: float = flag(
         1800.0, "several ranks: one that gives no sign or makes no step for so many seconds ends the job; 0: never"

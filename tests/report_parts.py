@@ -57,6 +57,7 @@ def write_run(root: Path, *, num_steps: int = 20, num_prompts: int = 12, gain: f
     write_lines(ppo / "samples.jsonl", rows)
     tokens = ["</script>", "two", " three"]
     kept = {"kind": "policy", "step": num_steps, "prompt": "question 1 <i>?", "tokens": tokens}
+    kept["response"] = rows[-num_prompts + 1]["response"]
     write_lines(ppo / "tokens.jsonl", [kept | {"kl": [0.5, -0.25, 0.0], "value": [1.0, 0.5, 0.1]}])
     for folder, seconds in ((sft, 88.0), (ppo, 7300.0)):
         record = {"role": "policy", "config": config, "seed": 1, "versions": {"torch": "2"}, "data": {"train": 3600}}

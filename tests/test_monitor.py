@@ -1,4 +1,4 @@
-"""The monitor of step 3: when its alarms are raised and when not, that it changes nothing, and that it survives a stop."""
+"""The monitor of step 3: when its alarms are raised and when not; it changes nothing, and it survives a stop."""
 
 import json
 import math
@@ -53,6 +53,7 @@ def test_a_reward_that_rises_while_the_judge_turns_is_over_optimised():
     [
         [(0, 0, 10), (0.5, 0.5, 10), (1.0, 0.7, 10), (1.2, 0.7, 10)],  # both rise, then flatten
         [(0, 0, 10), (0.5, 0.5, 10), (0.2, 0.1, 10)],  # both fall: no exploit, only a bad step
+        [(0, 0, 10), (0.5, 1.5, 10), (1.0, 1.35, 10)],  # the judge wavers by a tenth of what it had gained
         [(0, 0, 10), (0.0, -0.5, 10)],  # the judge falls and nothing is gained by it
         [(0, 0, 10), (1.0, math.nan, 10)],  # no judge
         [(0, 0, 10), (1.0, 1.0, 20)],  # longer and better, says the judge too
@@ -63,11 +64,11 @@ def test_no_alarm_where_nothing_is_exploited(means):
 
 
 def test_false_alarms_are_rare_where_reward_and_judge_flatten_after_a_rise(monkeypatch):
-    """Sixty runs of eleven evaluations; the best by chance is among those compared with."""
+    """Twenty-five runs of eleven evaluations; the best by chance is among those compared with."""
     monkeypatch.setattr(overoptimisation, "NUM_DRAWS", 2000)
     means = [(0, 0, 10), (0.5, 0.5, 10), *[(1.0, 0.8, 10)] * 9]
-    false = sum(bool(raised(course(means, num_prompts=100, seed=seed))) for seed in range(60))
-    assert false <= 2, f"{false} of 60 runs"
+    false = sum(bool(raised(course(means, num_prompts=100, seed=seed))) for seed in range(25))
+    assert false <= 1, f"{false} of 25 runs"
 
 
 def test_length_explains_a_gain_that_is_one_of_length():
@@ -111,7 +112,8 @@ def test_what_it_remembers_comes_back(tmp_path):
         columns = zip(measured.score.tolist(), measured.judge.tolist(), measured.length.tolist(), strict=True)
         rows = [{"score": s, "judge": j, "length": n, "response": str(measured.step)} for s, j, n in columns]
         values = {"eval/finished_fraction": 1.0, "eval/kl_per_seq": 1.0, "eval/response_length": 10.0}
-        found = monitor.observe(measured.step, values | {"eval/distinct_2": 0.2, "eval/repetition": 0.0}, rows)
+        values |= {"eval/distinct_2": 0.2, "eval/repetition": 0.0, "eval/judge_mean": measured.judge_mean}
+        found = monitor.observe(measured.step, values, rows)
         return [finding.text for finding in found]
 
     class Place:
@@ -181,6 +183,8 @@ def test_an_over_optimised_run_stops_and_the_best_actor_is_back(models, data_fil
     assert evaluated[-2]["eval/preference_accuracy"] != evaluated[0]["eval/preference_accuracy"]
     kept = [json.loads(line) for line in (out / "tokens.jsonl").read_text().splitlines()]
     assert len(kept) == 20 and all(len(row["kl"]) == len(row["tokens"]) for row in kept)
+    last = {row["prompt"]: row["response"] for row in rows if row["kind"] == "policy" and row["step"] == stopped}
+    assert {row["prompt"]: row["response"] for row in kept} == last
 
 
 def test_the_monitor_changes_nothing_of_the_training(models, data_file, cache_dir, tmp_path):

@@ -99,7 +99,8 @@ BY_THE_PROGRAM = {
     *("rollout_engine", "old_logprobs", "trust_remote_code", "stall_timeout"),
     *("checkpoint_interval", "keep_checkpoints", "resume", "fresh"),
     *("preflight", "preflight_prompts", "preflight_samples", "judge", "preference_data_path"),
-    *("max_preference_pairs", "stop_on_overoptimisation"),
+    *("max_preference_pairs", "stop_on_overoptimisation", "report_to"),
+    *("dry_run", "plan_for", "calibrate"),
 }
 REFUSED = {"top_k", "top_p"}  # any other value than off ends the program
 

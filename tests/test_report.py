@@ -11,11 +11,12 @@ from dschat.errors import UserError
 from dschat.report import __main__ as program
 from dschat.report.browser import as_script, browser_data
 from dschat.report.findings import policy_findings, training_findings
-from dschat.report.guide import METRICS
+from dschat.report.guide import METRICS, guide_table
 from dschat.report.page import page
 from dschat.report.run_files import load_run
 from dschat.report.story import compare, findings, stage_rows
 from dschat.report.svg import Series, chart, histogram, table_html, ticks
+from tests.conftest import ROOT
 from tests.report_parts import EVIL, evaluation, write_lines, write_run
 
 import pytest
@@ -236,7 +237,10 @@ def test_a_histogram_holds_every_value_once():
     assert sum(shares) == pytest.approx(1, abs=1e-3) and shares[:3] == pytest.approx([1 / 7, 2 / 7, 3 / 7], abs=1e-3)
 
 
-def test_the_guide_is_complete():
+def test_the_guide_is_complete_and_the_page_has_it():
+    text = (ROOT / "docs/reading-a-run.md").read_text(encoding="utf-8")
+    for stage in METRICS:
+        assert f"<!-- guide: {stage} -->\n\n{guide_table(stage)}\n\n<!-- end -->" in text
     for stage in METRICS.values():
         for name, metric in stage.items():
             assert metric.title and metric.definition and metric.healthy and metric.mend, name
@@ -259,7 +263,7 @@ def browser():
 
 
 def test_a_browser_clicks_through_the_answers(browser, tmp_path):
-    """One visit: what is shown, sorted, filtered, coloured; by keyboard; narrow and dark; nothing runs that was text."""
+    """One visit: what is shown, sorted, filtered, coloured; by keyboard; narrow and dark; no text runs."""
     path = tmp_path / "report.html"
     path.write_text(page([load_run(write_run(tmp_path / "mine", num_prompts=60))]), encoding="utf-8")
     visit = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")

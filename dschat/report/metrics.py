@@ -17,18 +17,73 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+WANDB = "wandb"
+# The charts of tensorboard's first screen (its tab "custom scalars"), by stage.
+LAYOUT: dict[str, list[tuple[str, list[str]]]] = {
+    "ppo": [
+        ("reward, held-out", ["eval/score_mean"]),
+        ("independent judge", ["eval/judge_mean"]),
+        ("KL, nats a sequence", ["eval/kl_per_seq", "objective/kl_per_seq"]),
+        ("entropy, nats a token", ["objective/entropy_per_token"]),
+        ("answer length, tokens", ["eval/response_length", "rollout/response_length"]),
+        ("finished answers", ["eval/finished_fraction", "rollout/finished_fraction"]),
+        ("clipped tokens", ["policy/clip_fraction"]),
+        ("explained variance", ["critic/explained_variance"]),
+    ],
+    "reward": [
+        ("loss", ["loss"]),
+        ("held-out accuracy", ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"]),
+    ],
+    "dpo": [("loss", ["loss"]), ("held-out accuracy", ["eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"])],
+    "sft": [("loss", ["loss"]), ("held-out perplexity", ["eval/perplexity"])],
+}
+
+
+class Wandb:
+    """A run of Weights & Biases, started with the first line; WANDB_PROJECT and the like are the library's own."""
+
+    def __init__(self, output_dir: Path, stage: str):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--report_to wandb: the library is not installed; pip install wandb") from None
+        self.wandb, self.output_dir, self.stage = wandb, output_dir, stage
+        self.id = ""
+        self.run: Any = None
+
+    def log(self, step: int, line: Mapping[str, Any]) -> None:
+        if self.run is None:
+            name = f"{self.stage} {self.output_dir.name}"
+            given: dict[str, Any] = {"id": self.id, "resume": "allow"} if self.id else {}
+            self.run = self.wandb.init(name=name, group=self.stage, dir=str(self.output_dir), **given)
+            self.id = self.run.id
+        values = {name: value for name, value in line.items() if name not in ("step", "stage") and value is not None}
+        self.run.log(values, step=step)
+
+    def finish(self, config: Mapping[str, Any]) -> None:
+        if self.run is not None:
+            self.run.config.update(dict(config), allow_val_change=True)
+            self.run.finish()
+
+
 class MetricsWriter:
-    """Appends a line per logged step to ``metrics.jsonl`` and the same scalars to ``tensorboard/``.
+    """Appends a line per logged step to ``metrics.jsonl`` and the same scalars to ``tensorboard/``, and where
+    ``report_to`` is "wandb" to a run of that service through its own library.
 
     Values are floats already equal on every rank (the programs reduce them); a name says its unit and denominator
     (DESIGN, section 6). On ranks other than 0 every call is a no-op. The files are opened when the first line comes:
     anew, or where the state that was loaded ends.
     """
 
-    def __init__(self, output_dir: str, stage: str, enabled: bool = True):
+    def __init__(self, output_dir: str, stage: str, enabled: bool = True, report_to: str = "none"):
+        """
+        Raises:
+            UserError: wandb is asked for and not installed.
+        """
         self.output_dir, self.stage, self.enabled, self.start = Path(output_dir), stage, enabled, time.time()
         self.last: dict[str, float] = {}
         self.last_step, self._offset = -1, 0
+        self.service = Wandb(self.output_dir, stage) if report_to == WANDB and enabled else None
 
     @cached_property
     def file(self) -> TextIO:
@@ -38,7 +93,11 @@ class MetricsWriter:
     def tensorboard(self) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self.last_step + 1)
+        writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self.last_step + 1)
+        if self.stage in LAYOUT:
+            groups = {title: ["Multiline", [f"^{name}$" for name in names]] for title, names in LAYOUT[self.stage]}
+            writer.add_custom_scalars({"what matters": groups})
+        return writer
 
     def state_dict(self) -> dict[str, Any]:
         """Everything logged so far is on the disk then."""
@@ -49,6 +108,7 @@ class MetricsWriter:
             "offset": self._offset,
             "last": self.last,
             "last_step": self.last_step,
+            "service": self.service.id if self.service else "",
             "seconds": time.time() - self.start,
         }
 
@@ -56,6 +116,8 @@ class MetricsWriter:
         """Go on from there; what the files hold beyond it is dropped."""
         self._offset, self.last, self.last_step = state["offset"], dict(state["last"]), state["last_step"]
         self.start = time.time() - state["seconds"]
+        if self.service:
+            self.service.id = state["service"]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.last.update({name: float(value) for name, value in metrics.items()})
@@ -69,6 +131,8 @@ class MetricsWriter:
             tensorboard.add_scalar(name, value, step)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        if self.service:
+            self.service.log(step, line)
 
     def histogram(self, step: int, name: str, values: Any) -> None:
         if self.enabled and len(values):
@@ -77,6 +141,21 @@ class MetricsWriter:
     def text(self, step: int, name: str, text: str) -> None:
         if self.enabled:
             self.tensorboard.add_text(name, text, step)
+
+    def hparams(self, config: Mapping[str, Any]) -> None:
+        """The flags beside the final metrics, for tensorboard's table of runs."""
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in config.items()
+        }
+        final = {name: value for name, value in self.last.items() if name.startswith("eval/") and math.isfinite(value)}
+        for summary in hparams(plain, final):
+            self.tensorboard._get_file_writer().add_summary(summary)
+        if self.service:
+            self.service.finish(config)
 
     def close(self) -> None:
         if self.enabled:

@@ -16,6 +16,9 @@ import numpy as np
 
 NUM_DRAWS = 10_000
 FALSE_ALARMS = 0.01  # of a run, in which nothing is wrong, by either test
+# Of the judge's gain. Training itself makes the mean go up and down from one evaluation to the next, by more than the
+# choice of prompts does, which is all that a bootstrap over prompts knows of.
+GIVEN_BACK = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,18 @@ def alarm(history: Sequence[Measured]) -> Finding | None:
 
 
 def _falls(best: Measured, first: Measured, now: Measured, level: float) -> Finding | None:
-    """The judge fell since its best while the reward rose since the start and has not fallen since that best."""
-    columns = [now.judge - best.judge, now.score - best.score, now.score - first.score]
+    """The judge fell since its best, by more than `GIVEN_BACK` of what it had gained until then, while the reward rose
+    since the start and has not fallen since that best."""
+    fall, gain = now.judge - best.judge, best.judge - first.judge
+    columns = [fall, now.score - best.score, now.score - first.score, fall + GIVEN_BACK * gain]
     changes = _complete(np.stack(columns, axis=1))
     if best.step == now.step or len(changes) < 2:
         return None
-    judge, since_best, rise = changes.mean(0)
-    if judge >= 0 or since_best < 0 or rise <= 0:
+    judge, since_best, rise, beyond = changes.mean(0)
+    if max(judge, beyond) >= 0 or since_best < 0 or rise <= 0:
         return None
     draws = bootstrap_means(changes, NUM_DRAWS, seed=now.step)
-    if np.quantile(draws[:, 0], 1 - level) >= 0 or np.quantile(draws[:, 2], level) <= 0:
+    if np.quantile(draws[:, [0, 3]], 1 - level, axis=0).max() >= 0 or np.quantile(draws[:, 2], level) <= 0:
         return None
     low, high = np.quantile(draws[:, 0], (level, 1 - level))
     text = f"over-optimised: the training reward rose by {rise:+.2f} while the independent one fell by {judge:+.2f} "

@@ -110,7 +110,7 @@
       ? at("by").selectedOptions[0].textContent : "nothing"}`;
     const key = at("colour").value;
     at("scale").textContent = key ? `Green is above 0, red below; the fullest colour is ±${scales[key].toFixed(2)}, `
-      + `${SIGNED[key]}. Only some answers were kept token by token; touch a token for its number.` : "";
+      + `${SIGNED[key]}. Only some answers were kept token by token; point at a token for its number.` : "";
     at("more").hidden = rows.length <= shown;
     current = -1;
   };

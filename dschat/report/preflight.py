@@ -26,10 +26,10 @@ from dschat.report.preflight_figures import assemble, figures
 from dschat.report.preflight_text import preflight_text, write_preflight
 from dschat.report.progress import Console
 from dschat.rlhf.collect import Collector
-from dschat.rlhf.judges import RewardJudge, check_judge, create_judge
+from dschat.rlhf.judges import RewardJudge, check_judge, create_judge, judge_spec
 from dschat.rlhf.policies import Policy, open_policies, spread
 from dschat.rlhf.preflight import sample_space
-from dschat.rlhf.rewards import CombinedReward
+from dschat.rlhf.rewards import KINDS, CombinedReward
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling, banned_token_ids
 from dschat.rlhf.rollout_engine import SLOTS, create_decoder
@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.output_dir:
         prepare_output_dir(config.output_dir)
     policies = open_policies(config.model_name_or_path, config.chat_template)
+    if any(judge_spec(text).kind not in KINDS for text in config.reward):
+        raise UserError(f"--reward {' '.join(config.reward)}: no reward of step 3; give the output of step 2")
     check_judge(config.reward, policies[0].tokenizer, [])
     judge = create_judge(
         config.reward,
@@ -83,8 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=config.batch_size,
         normalize=config.normalize_reward,
     )
-    if not isinstance(judge, RewardJudge):
-        raise UserError(f"--reward {' '.join(config.reward)}: no reward of step 3; give the output of step 2")
+    assert isinstance(judge, RewardJudge), "as its kind says"
     candidates = []
     for policy in policies:
         console.print(f"sampling from {policy.name} ({policy.path})")

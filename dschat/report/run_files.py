@@ -111,7 +111,7 @@ def _sampled(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
         groups.setdefault((row["kind"], row["step"]), {})[row["prompt"]] = row
     for row in _json_lines(directory / "tokens.jsonl"):
         kept = groups.get((row["kind"], row["step"]), {}).get(row["prompt"])
-        if kept is not None:
+        if kept is not None and kept["response"] == row.get("response"):  # drawn again, it may differ by rounding
             kept["tokens"] = row
     steps = [step for kind, step in groups if kind == "policy"]
     restored = [step for kind, step in groups if kind == "restored"]
@@ -141,7 +141,7 @@ def _side_by_side(path: Path, stages: Mapping[str, Path]) -> dict[str, dict[str,
     for row in rows:
         name = places.get(str(Path(config.get(row["model"], row["model"])).resolve())) or row["model"]
         label = f"{name} {row['decoding'].replace('_', ' ')}" if len(decodings) > 1 else name
-        groups.setdefault(label, {})[row["prompt"]] = row | {"length": row["num_tokens"]}
+        groups.setdefault(label, {})[row["prompt"]] = row | {"length": row.get("num_tokens")}
     return groups
 
 

@@ -18,7 +18,7 @@ from dschat.report.metrics import write_whole
 DONE, STARTED = "stage.json", "started.json"
 # Of a folder these are no content: they tell of the run (times, events), or are made for people.
 NO_CONTENT = {DONE, STARTED, "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "quality", "__pycache__"}
-NO_CONTENT |= {"report.html", "report.png", "preflight.json", "preflight.png", "alarms.json", "tokens.jsonl"}
+NO_CONTENT |= {"wandb", "report.html", "report.png", "preflight.json", "preflight.png", "alarms.json", "tokens.jsonl"}
 NEW_CODE = "the code changed"
 # Flags that change nothing of the output but where and how comfortably it is made.
 NO_EFFECT = {
@@ -32,7 +32,7 @@ NO_EFFECT = {
         "stall_timeout",
         "trust_remote_code",
     ),
-    *("preflight", "preflight_prompts", "preflight_samples"),
+    *("preflight", "preflight_prompts", "preflight_samples", "report_to"),
     *("resume", "fresh", "checkpoint_interval", "keep_checkpoints", "reward_api_timeout", "reward_api_retries"),
 }
 

@@ -317,6 +317,15 @@ def experience_metrics(experience: Experience, clip_reward_value: float) -> dict
     return result | {"rollout/distinct_2": distinct_n(responses, 2)}
 
 
+def rollout_values(experience: Experience) -> dict[str, torch.Tensor]:
+    """What tensorboard shows as histograms: scores and lengths by answer, advantages by action."""
+    return {
+        "objective/scores": experience.scores[experience.scored].cpu(),
+        "objective/advantages": experience.advantages[experience.action_mask].cpu(),
+        "rollout/response_lengths": experience.response_mask.sum(1).cpu(),
+    }
+
+
 def _variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return x[mask].var(correction=0).clamp(min=1e-12)
 

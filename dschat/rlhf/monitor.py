@@ -7,6 +7,7 @@ bootstrap from numpy's, so that a run is the same to the last bit with the monit
 import dataclasses
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,17 @@ from typing import Any
 from dschat.data.sources import load_evaluation
 from dschat.data.stages import tokenize_preferences
 from dschat.engine.distributed import Runtime, barrier, gather_objects
+from dschat.functional import token_logprobs
 from dschat.report.findings import Finding, policy_findings
+from dschat.report.metrics import MetricsWriter
 from dschat.report.monitor_file import write_alarms
 from dschat.report.overoptimisation import Measured, alarm
+from dschat.report.samples import SampleWriter
 from dschat.rlhf.answer_logprobs import gather_answers, score_answers
 from dschat.rlhf.answer_rows import AnswerRows
 from dschat.rlhf.collect import Collector, judge, roll_out
 from dschat.rlhf.evaluate import EVAL_SEED, HeldOut, evaluate_policy
+from dschat.rlhf.experience import Experience, policy_logits
 from dschat.rlhf.judges import Judge
 
 import numpy as np
@@ -61,21 +66,29 @@ class Monitor:
     @property
     def is_over(self) -> bool:
         """Whether the run should stop and go back to the best checkpoint."""
-        return self.stops and any(row["kind"] in OVEROPTIMISED for row in self.alarms)
+        is_judged = any(math.isfinite(mean) for mean in self._judged())
+        return self.stops and is_judged and any(row["kind"] in OVEROPTIMISED for row in self.alarms)
 
     @property
     def best(self) -> int:
         """The place in `history` of the evaluation that the judge likes best, the first of equals; 0: no judge."""
-        return max(range(len(self.history)), key=lambda place: _measured(self.history[place]).judge_mean)
+        judged = self._judged()
+        return max(range(len(judged)), key=judged.__getitem__)
+
+    def _judged(self) -> list[float]:
+        """The judge's mean at every evaluation, as `BestSoFar` compares them; -inf: it judged nothing."""
+        means = [values.get("eval/judge_mean", math.nan) for values in self.metrics]
+        return [mean if math.isfinite(mean) else -math.inf for mean in means]
 
     def evaluate(self, kl_coef: float) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """`evaluate_policy`, and what the judge, a second answer and the pairs add to it. A collective."""
         values, rows = evaluate_policy(self.collector, self.held_out, kl_coef, self.judge)
+        start = time.time()
         if self.judge is not None:
             values |= self._agreement(rows)
         if self.pairs is not None:
             values |= preference_accuracy(self.collector, self.pairs)
-        return values, rows
+        return values | {"time/monitor_s": time.time() - start}, rows
 
     def observe(self, step: int, values: dict[str, float], rows: list[dict[str, Any]]) -> list[Finding]:
         """Remember an evaluation; the alarms that it raises and that its predecessor did not."""
@@ -92,6 +105,12 @@ class Monitor:
         if self.collector.runtime.is_main:
             write_alarms(self.output_dir, self.alarms)
         return [finding for finding in found if finding.kind not in before]
+
+    def log_restored(self, metrics: MetricsWriter, samples: SampleWriter) -> None:
+        """Let the records end with the evaluation of the actor that is kept."""
+        step = self.history[-1]["step"]
+        metrics.log(step, self.metrics[self.best])
+        samples.add(step, "restored", self.best_rows)
 
     def _previous_step(self) -> int:
         return self.history[-2]["step"] if len(self.history) > 1 else -1
@@ -158,6 +177,16 @@ def preference_accuracy(collector: Collector, pairs: AnswerRows) -> dict[str, fl
     by_token = (answers.logps / answers.lengths.clamp(min=1)).double()
     found = {"eval/preference_accuracy": by_token, "eval/preference_accuracy_of_wholes": answers.logps.double()}
     return {name: _share_above(logps[:, 0] - logps[:, 1]) for name, logps in found.items()}
+
+
+@torch.no_grad()
+def update_ratios(collector: Collector, experience: Experience) -> torch.Tensor:
+    """(M,): the policy ratios, after an update, of the actions of its rollout's first micro-batch. A collective."""
+    few = experience.rows(slice(0, collector.micro_batch_size))
+    collector.engine.eval()
+    logits = policy_logits(collector.engine.actor, collector.engine, few)
+    logprobs = token_logprobs(logits, few.response_ids, **collector.sampling.scored)
+    return (logprobs - few.logprobs)[few.action_mask].exp().cpu()
 
 
 def restore_best(output_dir: str, runtime: Runtime) -> None:

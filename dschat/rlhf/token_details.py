@@ -11,7 +11,7 @@ from dschat.rlhf.collect import Collector, judge, roll_out
 from dschat.rlhf.evaluate import EVAL_SEED, HeldOut
 from dschat.rlhf.experience import GAE, Shaping, add_advantages, gather_experience, score_rollout
 from dschat.rlhf.rollout import tokens_of
-from dschat.rlhf.samples import prompt_text
+from dschat.rlhf.samples import decode_responses, prompt_text
 
 NUM_PROMPTS = 60
 TOKENS_FILE = "tokens.jsonl"
@@ -51,9 +51,10 @@ def write_token_details(
     columns = {name: getattr(everyone, attribute).tolist() for name, attribute in names.items()}
     lines = []
     rows = tokens_of(everyone.response_ids, everyone.response_mask)
+    texts = decode_responses(tokenizer, rows)
     for i, ids in enumerate(rows[: held_out.num_prompts]):
         line: dict[str, Any] = {"kind": "policy", "step": step, "prompt": prompts[i]}
-        line |= {"tokens": [tokenizer.decode([token]) for token in ids]}
+        line |= {"response": texts[i], "tokens": [tokenizer.decode([token]) for token in ids]}
         line |= {name: [round(x, 4) for x in column[i][: len(ids)]] for name, column in columns.items()}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_whole(Path(output_dir) / TOKENS_FILE, "".join(lines))

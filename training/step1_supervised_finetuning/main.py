@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = create_train_engine(model, config.train_spec(len(train_batches)), dtype=dtype, runtime=runtime)
 
     # Train
-    metrics = MetricsWriter(config.output_dir, "sft", runtime.is_main)
+    metrics = MetricsWriter(config.output_dir, "sft", runtime.is_main, config.report_to)
 
     def evaluate_and_log(step: int) -> None:
         batches = (collate(data.eval, micro_batch) for (micro_batch,) in eval_batches)
@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics=metrics.last,
             seconds=run.seconds,
         )
+    metrics.hparams(to_dict(config))
     metrics.close()
     run.finish()
     console.print(f"saved to {config.output_dir}")

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         ask_reference(engine, model, weights)
 
     # Train
-    metrics = MetricsWriter(config.output_dir, "dpo", runtime.is_main)
+    metrics = MetricsWriter(config.output_dir, "dpo", runtime.is_main, config.report_to)
 
     def evaluate_and_log(step: int) -> None:
         batches = console.track(held_out.in_order(), len(held_out.steps), "evaluate")
@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics=metrics.last,
             seconds=run.seconds,
         )
+    metrics.hparams(to_dict(config))
     metrics.close()
     run.finish()
     console.print(f"saved to {config.output_dir}")

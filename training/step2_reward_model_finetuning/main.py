@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = create_train_engine(Scorer(classifier), spec, dtype=dtype, runtime=runtime)
 
     # Train
-    metrics = MetricsWriter(config.output_dir, "reward", runtime.is_main)
+    metrics = MetricsWriter(config.output_dir, "reward", runtime.is_main, config.report_to)
 
     def evaluate_and_log(step: int) -> np.ndarray:
         batch_size = config.per_device_eval_batch_size
@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print(quality_tables(quality))
     if runtime.is_main:
         write_quality(quality, report_dir)
+    metrics.hparams(to_dict(config))
     metrics.close()
     run.finish()
     console.print(f"saved to {config.output_dir}")

@@ -36,12 +36,12 @@ from dschat.rlhf.build import check_quality, create_models, trained_tables
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
 from dschat.rlhf.demonstrations import Demonstrations
 from dschat.rlhf.evaluate import BestSoFar, best_of_n, held_out_prompts
-from dschat.rlhf.experience import Experience, add_advantages, experience_metrics, repro_responses
+from dschat.rlhf.experience import Experience, add_advantages, experience_metrics, repro_responses, rollout_values
 from dschat.rlhf.explain import explain_update
 from dschat.rlhf.flags import PPOFlags
 from dschat.rlhf.judges import check_judge, create_judge
 from dschat.rlhf.kl_coefficient import KLCoefficient
-from dschat.rlhf.monitor import Monitor, load_pairs, restore_best
+from dschat.rlhf.monitor import Monitor, load_pairs, restore_best, update_ratios
 from dschat.rlhf.policies import spread
 from dschat.rlhf.ppo_trainer import Stats, mean_of, train_rlhf
 from dschat.rlhf.preflight import check_sample_space
@@ -162,11 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     judged_by = None
     if config.judged_by:
         check_judge(config.judged_by, tokenizer, [prompt_text(row["messages"]) for row in held_out.rows])
-        size = config.per_device_training_batch_size
-        judged_by = create_judge(config.judged_by, tokenizer, dtype=dtype, device=runtime.device, batch_size=size)
+        place = {"dtype": dtype, "device": runtime.device, "batch_size": config.per_device_training_batch_size}
+        judged_by = create_judge(config.judged_by, tokenizer, **place)
 
     # Train
-    metrics = MetricsWriter(config.output_dir, "ppo", runtime.is_main)
+    metrics = MetricsWriter(config.output_dir, "ppo", runtime.is_main, config.report_to)
     samples_file = SampleWriter(config.output_dir, console, metrics)
     bad_scores = BadScores(config.output_dir, runtime)
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
@@ -205,7 +205,9 @@ def main(argv: list[str] | None = None) -> None:
         if config.preflight != "off":
             asked = [data.train[i] for i in spread(len(data.train), config.preflight_prompts)]
             say = console.print
+            start = time.time()
             check_sample_space(collector, asked, config.preflight_samples, config.preflight, config.output_dir, say)
+            metrics.log(0, {"time/preflight_s": time.time() - start})
         evaluate_and_log(0)
         if config.best_of_n:
             chosen = best_of_n(collector, held_out, config.best_of_n, judged_by)
@@ -284,9 +286,11 @@ def main(argv: list[str] | None = None) -> None:
                 kl_coef.update(kl, num_rows)
             if step % config.log_interval == 0 or step == num_rollouts:
                 metrics.log(step, line)
-                metrics.histogram(step, "objective/scores", experience.scores[experience.scored].cpu())
+                for name, values in rollout_values(experience).items():
+                    metrics.histogram(step, name, values)
             bar.set_postfix_str(f", score {score:.3f}, KL {kl:.2f}", refresh=False)
             if evaluates:
+                metrics.histogram(step, "policy/ratios", update_ratios(collector, experience))
                 evaluate_and_log(step)
             if monitor.is_over:
                 console.print(f"stopped at step {step} by the alarm: the actor is the one of step {best.step} again")
@@ -294,21 +298,18 @@ def main(argv: list[str] | None = None) -> None:
             if best.is_over:
                 console.print(f"stopped at step {step}: no better {config.best_metric} since step {best.step}")
                 break
-    last = (monitor.history[-1]["step"], config.output_dir)
-    write_token_details(collector, held_out, shaping, kl_coef.value, *last)
-    if monitor.is_over:
-        metrics.log(last[0], monitor.metrics[monitor.best])
-        samples_file.add(last[0], "restored", monitor.best_rows)
-    samples_file.close()
+    write_token_details(collector, held_out, shaping, kl_coef.value, monitor.history[-1]["step"], config.output_dir)
 
     # Save
     if monitor.is_over:
+        monitor.log_restored(metrics, samples_file)
         restore_best(config.output_dir, runtime)
     else:
         save_actor("actor")
-    if engine.ema is not None and not monitor.is_over:
-        with engine.ema.swapped():
-            save_actor("actor_ema")
+        if engine.ema is not None:
+            with engine.ema.swapped():
+                save_actor("actor_ema")
+    samples_file.close()
     if engine.critic is not None:
         directory, scorer = str(Path(config.output_dir) / "critic"), engine.critic.module
         base = engine.critic_base
@@ -317,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
             save_score_stats(directory, scorer.mean, scorer.std)
         record(directory, CRITIC)
     record(config.output_dir, POLICY)
+    metrics.hparams(to_dict(config))
     metrics.close()
     run.finish()
     console.print(f"saved to {config.output_dir}/actor" + (f"; best: step {best.step}" if best.name else ""))
