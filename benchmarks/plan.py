@@ -113,7 +113,7 @@ def save_data(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[str, st
     prompt = LENGTH // 2 - len(encode_prompt(tokenizer, [{"role": "user", "content": words(0, 3)}]))
     rows, prompts = folder / "rows.jsonl", folder / "prompts.jsonl"
     with open(rows, "w") as file, open(prompts, "w") as other:
-        for number in range(160):
+        for number in range(48):
             answers = {"chosen": words(1, 3 + missing), "rejected": words(2, 3 + missing)}
             file.write(json.dumps({"prompt": words(number, 3)} | answers) + "\n")
             other.write(json.dumps({"prompt": words(number, 3 + prompt)}) + "\n")

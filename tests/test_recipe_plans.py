@@ -42,7 +42,7 @@ def test_a_dry_run_of_a_recipe_fits_the_machine_it_is_made_for(recipe, programs,
     out = tmp_path / "out"
     given = [*paths, "--data_path", "no/such/data", "--output_dir", str(out), "--dry_run"]
     machine = SIZED.search(text)
-    if recipe.parts[-2] != "cpu":
+    if recipe.parts[-3] != "toy":  # whose models fit anywhere; how much is free here may change
         given += ["--plan_for", f"{machine[1]}x{machine[2]}" if machine else "1x24"]
     programs[stage].main(call(recipe, given, stubs)[2:])
     shown = capsys.readouterr().out
