@@ -4,6 +4,7 @@
     python e2e_rlhf.py --method dpo                     DPO in place of reward model and PPO
     python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
     python e2e_rlhf.py --actor-model ./my-model --data-path mine.jsonl --seed 3 --ppo.kl_coef 0.1
+    python e2e_rlhf.py --actor-model opt-13b --deployment-type single_node --dry_run --plan_for 8x80
 
 The flags of the stages' programs work here too: --NAME goes to every stage that has it; --sft.NAME, --reward.NAME,
 --ppo.NAME, --dpo.NAME and --answers.NAME go to one stage and outweigh --NAME (`python
@@ -11,7 +12,8 @@ training/step1_supervised_finetuning/main.py --help` lists those of step 1). DSC
 the launcher: DSCHAT_LAUNCH="deepspeed --hostfile hosts".
 
 A second start runs only what is not done: a stage that has not finished, and one whose flags, code, data or earlier
-stage changed, each with the reason. --fresh runs all again.
+stage changed, each with the reason. --fresh runs all again. --dry_run says what memory and disk each stage needs, and
+runs none (exit code 3: one does not fit); --plan_for 8x80 for other machines than this.
 """
 
 import argparse
@@ -56,7 +58,7 @@ from training.stages import (
     find_model,
     find_recipe,
     flag_types,
-    list_recipes,
+    pairs_table,
     program,
 )
 
@@ -74,8 +76,7 @@ def main() -> None:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     args = parse_args(sys.argv[1:])
     if args.list:
-        print(f"--actor-model   {list_recipes('sft')}")
-        print(f"--reward-model  sft, the output of step 1; {list_recipes('reward')}")
+        print(*pairs_table(), "", "--reward-model sft (default): the output of step 1", sep="\n")
         return
     start = time.time()
     output, stages = Path(args.output_dir), [key for key in METHODS[args.method] if STAGES[key].step in args.step]
@@ -88,6 +89,9 @@ def main() -> None:
     outputs = {"sft": sft, "reward": output / "reward-models" / reward.name, "answers": output / "answers"}
     outputs |= {"ppo": output / "step3-models" / actor.name, "dpo": output / "dpo-models" / actor.name}
     data = args.data_path or (["toy"] if actor.family == "toy" else None)
+    if getattr(args, "all.dry_run", False):
+        starts = {"sft": actor, "reward": actor if from_sft else reward, "ppo": actor, "dpo": actor}
+        sys.exit(plan_stages([key for key in stages if key in starts], args, starts, data, outputs))
     deployment, launcher = choose_launcher(args.deployment_type, args.num_ranks)
     flags = {key: stage_flags(key, args, models[key], data, outputs) for key in stages}
     commands = {key: command(key, models[key], deployment, flags[key]) for key in stages}
@@ -128,7 +132,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--method", choices=METHODS, default="ppo", help="after step 1: reward model and PPO (default), or DPO")
     add("--step", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="stages to run (default: 1 2 3)")
-    add("--actor-model", default="toy", help="toy (default), facebook/opt-1.3b or a model directory")
+    add("--actor-model", default="toy", help="toy (default), a name that --list prints, or a model directory")
     add("--reward-model", default="sft", help="what step 2 starts from; sft (default): the output of step 1")
     add("--actor-zero-stage", type=int, choices=range(4), help="of step 1, DPO and PPO's actor; default: the recipe's")
     add("--reward-zero-stage", type=int, choices=range(4), help="of step 2 and the critic; default: the recipe's")
@@ -137,7 +141,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--num-ranks", type=int, help="processes (default: 1; single_node: one for each GPU)")
     add("--data-path", "--data_path", nargs="+", help="as the stages' --data_path (default with the toy model: toy)")
     add("--fresh", action="store_true", help="run every stage again, from its start, also those that are done")
-    add("--list", action="store_true", help="print the models and deployments that have recipes")
+    add("--list", action="store_true", help="print the (model, deployment) pairs that have recipes")
     known = {option for action in parser._actions for option in action.option_strings}
     for key in STAGES:
         for name, kind in flag_types(key).items():
@@ -149,6 +153,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if unknown:
         refuse(next((word for word in unknown if word.startswith("--")), unknown[0]), known)
     check_owners(args)
+    if getattr(args, "all.calibrate", 0):
+        raise UserError("--calibrate is for one stage at a time: give it to the stage's own main.py")
     return args
 
 
@@ -225,6 +231,40 @@ def command(key: str, model: Model, deployment: str, flags: dict[str, Any]) -> l
     return words
 
 
+def plan_stages(
+    stages: list[str],
+    args: argparse.Namespace,
+    starts: dict[str, Model],
+    data: list[str] | None,
+    outputs: dict[str, Path],
+) -> int:
+    """The plan of each stage, as if the stages before it had left models of the shapes that they start from; the
+    largest exit code."""
+    deployment = args.deployment_type or choose_launcher(None, args.num_ranks)[0]
+    codes = [0]
+    for key in stages:
+        flags = stage_flags(key, args, starts[key], data or ["as the recipe says"], outputs)
+        if data is None:
+            del flags["data_path"]
+        if key == "ppo":
+            paths = starts["sft"].path, starts["reward"].path
+            flags |= dict(zip(("actor_model_name_or_path", "critic_model_name_or_path"), paths, strict=True))
+        if args.num_ranks and "plan_for" not in flags:
+            flags["plan_for"] = args.num_ranks
+        print(f"[{STAGES[key].step}/3] {STAGES[key].title}: {starts[key].name} on {deployment}", flush=True)
+        env = stage_environment() | {"DSCHAT_LAUNCH": Path(sys.executable).name}
+        words = command(key, starts[key], deployment, flags)
+        codes.append(wait_for(subprocess.Popen(words, stdin=subprocess.DEVNULL, env=env, process_group=0)))
+        print(flush=True)
+    return max(codes)
+
+
+def stage_environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PATH": path, "PYTHONPATH": modules}
+
+
 def placement(args: argparse.Namespace, deployment: str, launcher: str | None) -> dict[str, str]:
     """What of the machine goes into a result: the recipe and, as batch sizes are those of one rank, how many."""
     if launcher is None:
@@ -254,9 +294,7 @@ def provenance(
 def run_stage(key: str, command: list[str], directory: Path, error_file: Path, launcher: str | None) -> float:
     """Run a stage, its output on our terminal. Seconds, or the end of the program with the stage's own error last."""
     error_file.unlink(missing_ok=True)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PATH": path, "PYTHONPATH": modules, "DSCHAT_ERROR_FILE": str(error_file.absolute())}
+    env = stage_environment() | {"DSCHAT_ERROR_FILE": str(error_file.absolute())}
     env |= {"DSCHAT_LAUNCH": launcher} if launcher else {}
     start = time.time()
     code = wait_for(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, process_group=0))

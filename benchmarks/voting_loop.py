@@ -1,12 +1,12 @@
-"""One round of the loop on the embedded task: answers through the API, votes through the API, and two ways from the
-votes to a better policy: DPO on nothing but them, or a reward model that goes on learning from them, and PPO.
+"""One round of the loop on the embedded task: answers through the API, votes through the API, and the ways from the
+votes to a better policy.
 
     python e2e_rlhf.py
-    python benchmarks/voting_loop.py            the table of docs/closing-the-loop.md; ten minutes of two cores
+    python benchmarks/voting_loop.py            the table of docs/closing-the-loop.md; fifteen minutes of two cores
 
 The task's judge plays the people: it is asked which of two answers of the SFT model is better, and nothing else.
 Policies are compared on the 300 held-out questions, one answer each, drawn with the same random numbers at temperature
-1. "PPO, no votes" is e2e_rlhf.py's own, from the reward model as it was. What is there already is not run again.
+1. "No votes" is e2e_rlhf.py's own policy, from the reward model as it was. What is there already is not run again.
 """
 
 import argparse
@@ -28,9 +28,10 @@ from toy_runs import ROOT, run
 DPO = "step2_dpo_finetuning/main.py"
 REWARD = "step2_reward_model_finetuning/main.py"
 PPO = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
-SIZES = "--per_device_train_batch_size 16 --max_seq_len 128 "
-DPO_FLAGS = SIZES + "--learning_rate 6e-4 --num_train_epochs 6 --num_warmup_steps 5"
-REWARD_FLAGS = SIZES + "--learning_rate 3e-4 --num_train_epochs 2 --num_warmup_steps 10"
+SIZES = "--per_device_train_batch_size 16 --max_seq_len 128 --data_split 0,1,0 "  # all votes for this step
+DPO_FLAGS = SIZES + "--learning_rate 4e-4 --num_train_epochs 6 --num_warmup_steps 5"
+NEW_REWARD_FLAGS = SIZES + "--learning_rate 3e-4 --num_train_epochs 12 --num_warmup_steps 10 --eval_fraction 0.2"
+OLD_REWARD_FLAGS = SIZES + "--learning_rate 3e-4 --num_train_epochs 2 --num_warmup_steps 10"
 PPO_FLAGS = "--best_of_n 0 --eval_interval 45"
 ASKED_AT_ONCE = 8
 
@@ -106,15 +107,17 @@ def main() -> None:
     if not votes.exists():
         counts = collect_votes(before, votes, args.num_votes, args.seed)
         print(", ".join(f"{kind}: {count}" for kind, count in counts.items()), flush=True)
-    start = ["--model_name_or_path", before]
+    start, old = ["--model_name_or_path", before], ["--model_name_or_path", str(args.models / "reward-models/toy")]
     train(DPO, start, [str(votes)], DPO_FLAGS, output / "dpo")
-    old = ["--model_name_or_path", str(args.models / "reward-models/toy")]
-    train(REWARD, old, [f"{votes}:3", "toy:0.1"], REWARD_FLAGS, output / "reward")
-    models = ["--actor_model_name_or_path", before, "--critic_model_name_or_path", str(output / "reward")]
-    train(PPO, models, ["toy"], PPO_FLAGS, output / "ppo")
+    train(REWARD, start, [str(votes)], NEW_REWARD_FLAGS, output / "reward")
+    train(REWARD, old, [f"{votes}:3", "toy:0.2"], OLD_REWARD_FLAGS, output / "reward-older")
     policies = {"before": before, "DPO on the votes": str(output / "dpo")}
-    policies["reward model that read the votes, PPO"] = str(output / "ppo/actor")
-    policies["PPO, no votes"] = str(args.models / "step3-models/toy/actor")
+    for name, reward in (("of the votes alone", "reward"), ("older, and then the votes", "reward-older")):
+        models = ["--actor_model_name_or_path", before, "--critic_model_name_or_path", str(output / reward)]
+        target = output / reward.replace("reward", "ppo")
+        train(PPO, models, ["toy"], PPO_FLAGS, target)
+        policies[f"PPO, reward model {name}"] = str(target / "actor")
+    policies["PPO, reward model older, no votes"] = str(args.models / "step3-models/toy/actor")
     rows = compare(policies, output / "answers")
     print(table(["policy", "better than before (95 %)", "judge", "correct"], rows))
 

@@ -99,8 +99,8 @@ class RunFlags(metaclass=ABCMeta):
         """What decides the run's memory."""
 
     @abstractmethod
-    def plan_hints(self) -> tuple[list[str], list[Changes]]:
-        """The flags that say how many rows a pass has; changes of flags that save memory."""
+    def plan_hints(self) -> tuple[dict[str, int], list[Changes]]:
+        """The flags that say how many rows a pass has, times what; changes of flags that save memory."""
 
     @property
     def asks_for_plan(self) -> bool:
@@ -264,7 +264,7 @@ class SupervisedFlags(RunFlags, DataFlags):
         checkpoints = self.keep_checkpoints if self.checkpoint_interval else 0
         return Workload(title, self.dtype, (model,), tuple(passes), checkpoints, (length, "--max_seq_len"))
 
-    def plan_hints(self) -> tuple[list[str], list[Changes]]:
+    def plan_hints(self) -> tuple[dict[str, int], list[Changes]]:
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         changes: list[Changes] = [
             {"gradient_checkpointing": True},
@@ -277,8 +277,9 @@ class SupervisedFlags(RunFlags, DataFlags):
             {"lora_dim": self.lora_dim or 64},
             {"dtype": "bf16"},
         ]
-        flag_name = "max_tokens_per_batch" if self.max_tokens_per_batch else "per_device_train_batch_size"
-        return [flag_name], changes
+        if self.max_tokens_per_batch:
+            return {"max_tokens_per_batch": self.max_seq_len}, changes
+        return {"per_device_train_batch_size": 1}, changes
 
     def train_spec(self, num_steps: int) -> TrainSpec:
         return TrainSpec(

@@ -6,7 +6,7 @@ import resource
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dschat.engine.distributed import quiet_libraries
@@ -104,12 +104,12 @@ def plan_table(plan: Plan) -> str:
     return held_table + "\n\n" + table(["GB more while it", *extras, "all together"], rows)
 
 
-def plan_lines(plan: Plan, planned: Planned, batch_flags: Sequence[str], changes: Sequence[Changes]) -> list[str]:
+def plan_lines(plan: Plan, planned: Planned, batch_flags: Mapping[str, int], changes: Sequence[Changes]) -> list[str]:
     """What follows from a plan: whether it fits, the largest micro-batch, or what would help most; disk."""
     machine = plan.machine
     memory = "memory" if machine.on_cpu else "GPU memory"
-    libraries = f"libraries {gb(machine.libraries)}, allocator {machine.allocator - 1:.0%} of what comes and goes"
-    where = f"in '{plan.fullest.name}'; {libraries}"
+    where = f"in '{plan.fullest.name}'; libraries {gb(machine.libraries)}"
+    where += f", kept of freed activations {gb(plan.kept)}" if plan.kept else ""
     peak = f"peak of a rank: {gb(plan.peak)} GB, of {gb(machine.free)} GB free {memory}, {where}"
     lines = [peak]
     if plan.on_host:
@@ -123,17 +123,18 @@ def plan_lines(plan: Plan, planned: Planned, batch_flags: Sequence[str], changes
     return lines
 
 
-def largest_batch(plan: Plan, planned: Planned, flags: Sequence[str]) -> str:
-    """The largest value of each of ``flags``, by itself, that fits: what a phase takes is linear in its rows."""
+def largest_batch(plan: Plan, planned: Planned, flags: Mapping[str, int]) -> str:
+    """The largest value of each of ``flags``, by itself, that fits: what a phase takes is linear in its rows, of which
+    each makes so many units of the flag."""
     found = []
-    for flag in flags:
-        low, high = (make_plan(planned({flag: value}), plan.machine) for value in LINE)
+    for flag, unit in flags.items():
+        low, high = (make_plan(planned({flag: rows * unit}), plan.machine) for rows in LINE)
         limits = []
         for one, two in zip(low.phases, high.phases, strict=True):
             start, end = low.bytes_of(one), high.bytes_of(two)
             if end > start:
                 limits.append(LINE[0] + int((plan.machine.free - start) * (LINE[1] - LINE[0]) // (end - start)))
-        found.append(f"--{flag} {max(1, min(limits))}")
+        found.append(f"--{flag} {max(1, min(limits)) * unit}" if limits else f"--{flag}, which may be any")
     return f"the largest that would: {' or '.join(found)}"
 
 

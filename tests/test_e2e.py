@@ -253,7 +253,24 @@ def is_running(pid):
         return False
 
 
-def test_list_names_what_there_is(run):
-    out = run("--list").stdout
-    assert "--actor-model " in out and "facebook/opt-1.3b on single_gpu" in out
-    assert "toy on cpu, single_gpu, single_node" in out and "facebook/opt-350m on single_gpu" in out
+def test_list_prints_every_pair_and_its_steps(run):
+    lines = {tuple(line.split(maxsplit=2)) for line in run("--list").stdout.splitlines()[1:-2]}
+    assert ("opt-66b", "multi_node", "step 1, step 2, step 3, dpo") in lines
+    assert ("chinese-1.5b", "single_gpu", "step 1") in lines and ("opt-350m", "single_gpu", "step 2, dpo") in lines
+    found = {
+        (path.parts[-3], path.parts[-2], path.stem[4:]) for path in ROOT.glob("training/*/training_scripts/*/*/*")
+    }
+    assert len(lines) == len({pair for pair in found if pair[1] != "sweep"})
+
+
+def test_a_dry_run_asks_each_stage_and_writes_nothing(run):
+    flags = ("--actor-model", "opt-6.7b-lora", "--reward-model", "facebook/opt-350m", "--dry_run", "--seed", "3")
+    result = run(*flags, "--deployment-type", "single_gpu", "--num-ranks", "2")
+    sft, reward, ppo = (calls(run)[step][0] for step in (1, 2, 3))
+    assert value(sft, "--model_name_or_path") == "facebook/opt-6.7b", "the lora recipe, of this model"
+    assert value(sft, "--lora_dim") == "128" and value(sft, "--plan_for") == "2" and "--dry_run" in sft
+    assert value(reward, "--model_name_or_path") == "facebook/opt-350m" and value(reward, "--seed") == "3"
+    assert value(ppo, "--actor_model_name_or_path") == "facebook/opt-6.7b"
+    assert value(ppo, "--critic_model_name_or_path") == "facebook/opt-350m"
+    assert result.returncode == 0 and not (run.folder / "output" / "summary.json").exists()
+    assert run("--calibrate", "3").stderr.startswith("error: --calibrate is for one stage at a time")

@@ -60,10 +60,44 @@ def call(recipe, flags, env):
 
 
 def test_there_are_recipes_for_all_three_steps_of_each_actor():
-    found = {(recipe.parts[-5], recipe.parts[-3], recipe.parts[-2]) for recipe in RECIPES}
-    wanted = [("toy", "cpu"), ("toy", "single_gpu"), ("toy", "single_node"), ("opt", "single_gpu")]
-    wanted += [("custom", place) for place in ("cpu", "single_gpu", "single_node", "multi_node")]
-    assert found == {(stage, *pair) for stage in PATHS for pair in wanted}
+    found = {(recipe.parts[-5], recipe.parts[-3], recipe.parts[-2], recipe.stem[4:]) for recipe in RECIPES}
+    wanted = [("toy", place, "toy") for place in ("cpu", "single_gpu", "single_node")]
+    wanted += [("custom", place, "custom") for place in ("cpu", "single_gpu", "single_node", "multi_node")]
+    wanted += [("opt", "single_gpu", size) for size in ("1.3b", "6.7b_lora")]
+    wanted += [("opt", "single_node", size) for size in ("1.3b", "1.3b_lora", "6.7b", "13b", "30b_lora")]
+    wanted += [("opt", "multi_node", "66b"), ("llama2", "single_node", "7b"), ("llama2", "single_gpu", "7b_lora")]
+    wanted += [("qwen2.5", "single_gpu", size) for size in ("0.5b", "1.5b", "7b_lora")]
+    wanted += [("qwen2.5", "single_node", "7b")]
+    assert found >= {(stage, *pair) for stage in PATHS for pair in wanted}
+    first = "step1_supervised_finetuning"
+    others = {(first, "chinese", "single_gpu", "1.5b"), (first, "japanese", "single_gpu", "3.6b_lora")}
+    small = {("opt", place, "350m") for place in ("single_gpu", "single_node", "multi_node")}
+    others |= {(stage, *pair) for stage in ("step2_reward_model_finetuning", "step2_dpo_finetuning") for pair in small}
+    assert found - {(stage, *pair) for stage in PATHS for pair in wanted} == others
+
+
+def test_a_slurm_job_is_one_torchrun_on_each_node(tmp_path, stubs):
+    for name, text in (("scontrol", "printf 'n1\nn2\n'"), ("srun", 'printf "%s\\n" "$DSCHAT_LAUNCH" "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "4", "SLURM_JOB_ID": "7"}
+    words = [str(ROOT / "training/examples/slurm.sh"), "recipe.sh", "--seed", "1"]
+    shown = subprocess.run(words, env=stubs | job, capture_output=True, text=True, check=True).stdout.splitlines()
+    place = "--rdzv_backend c10d --rdzv_endpoint n1:29500 --rdzv_id 7"
+    assert shown[0] == f"torchrun --nnodes 2 --nproc_per_node 4 {place}"
+    assert shown[1:] == ["--kill-on-bad-exit=1", "recipe.sh", "--seed", "1"]
+
+
+def test_a_sweep_leaves_out_what_does_not_fit(tmp_path, stubs):
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(
+        '#!/usr/bin/env bash\necho "$@"\n[[ "$*" != *"zero_stage 2 --lora_dim 0"*"--dry_run"* ]] || exit 3\n'
+    )
+    recipe.chmod(0o755)
+    words = [str(ROOT / "training/examples/sweep.sh"), str(recipe), "out", "--seed", "1"]
+    shown = subprocess.run(words, env=stubs, capture_output=True, text=True, check=True).stdout.splitlines()
+    runs = [line.split()[-1] for line in shown if "--dry_run" not in line]
+    assert runs == ["out/zero2-lora128", "out/zero3-lora0", "out/zero3-lora128"] and len(shown) == 7
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)

@@ -1,7 +1,6 @@
 """The stages of e2e_rlhf.py: their programs, what each starts from, their flags and their recipes."""
 
 import functools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,15 @@ from dschat.errors import UserError
 TRAINING = Path(__file__).resolve().parent
 DEPLOYMENTS = ("cpu", "single_gpu", "single_node", "multi_node")
 SET_HERE = ("output_dir", "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path")
+# Where the models of a family are on the hub, by their size: as it is written there, in capitals, or both.
+HUB = {
+    "opt": "facebook/opt-{0}",
+    "llama2": "meta-llama/Llama-2-{0}-hf",
+    "qwen2.5": "Qwen/Qwen2.5-{1}",
+    "chinese": "Qwen/Qwen2.5-{1}",
+    "japanese": "rinna/japanese-gpt-neox-{0}",
+}
+LORA = "_lora"  # behind the size of a recipe that trains adapters
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,32 @@ def flag_types(key: str) -> dict[str, str]:
 
 
 def find_model(text: str, key: str) -> Model:
-    if text == "toy":
-        return Model("toy", "toy", "toy", "toy")
-    if opt := re.fullmatch(r"(?:facebook/)?(?:opt-)?(\d+(?:\.\d+)?[mb])", text):
-        return Model(f"facebook/opt-{opt[1]}", "opt", opt[1], f"opt-{opt[1]}")
+    """The model of that name: of a recipe (opt-6.7b-lora), on the hub with or without -lora behind it, of OPT's sizes
+    alone (1.3b), or a directory."""
+    known = named_models()
+    if text in known:
+        return known[text]
     directory = Path(text).expanduser()
     if directory.is_dir():
         return Model(str(directory), "custom", "custom", directory.resolve().name)
     raise UserError(
         f"{text} is neither a directory nor a model with a recipe for step {STAGES[key].step}: {list_recipes(key)}"
     )
+
+
+@functools.cache
+def named_models() -> dict[str, Model]:
+    """Every name of every model that has a recipe in some step. A name that two families have is the first one's."""
+    found = {"toy": Model("toy", "toy", "toy", "toy")}
+    for family, hub in HUB.items():
+        scripts = [path for key in STAGES for path in recipes(key).glob(f"{family}/*/run_*.sh")]
+        for size in sorted({path.stem.removeprefix("run_") for path in scripts}):
+            base = size.removesuffix(LORA)
+            suffix, path = "-lora" if size.endswith(LORA) else "", hub.format(base, base.upper())
+            model = Model(path, family, size, f"{family}-{base}{suffix}")
+            for name in (model.name, path + suffix, *([base + suffix] if family == "opt" else [])):
+                found.setdefault(name, model)
+    return found
 
 
 def recipes(key: str) -> Path:
@@ -85,12 +109,29 @@ def find_recipe(key: str, model: Model, deployment: str) -> Path:
     return recipe
 
 
-def list_recipes(key: str) -> str:
-    """As 'toy on cpu, single_gpu, single_node; …'."""
+def pairs(key: str) -> dict[str, list[str]]:
+    """The deployments that each model has recipes of a step for, by the model's name."""
     found: dict[str, list[str]] = {}
+    by_recipe = {(model.family, model.size): name for name, model in reversed(named_models().items())}
     for deployment in DEPLOYMENTS:
         for script in sorted(recipes(key).glob(f"*/{deployment}/run_*.sh")):
             family, size = script.parts[-3], script.stem.removeprefix("run_")
-            name = {"toy": "toy", "custom": "a model directory"}.get(family, f"facebook/{family}-{size}")
+            name = "a model directory" if family == "custom" else by_recipe[family, size]
             found.setdefault(name, []).append(deployment)
-    return "; ".join(f"{name} on {', '.join(deployments)}" for name, deployments in found.items())
+    return dict(sorted(found.items()))
+
+
+def list_recipes(key: str) -> str:
+    """As 'a model directory on cpu, single_gpu; toy on cpu; …'."""
+    return "; ".join(f"{name} on {', '.join(deployments)}" for name, deployments in pairs(key).items())
+
+
+def pairs_table() -> list[str]:
+    """A line for each (model, deployment): the steps that have a recipe for it."""
+    steps = {"step 1": "sft", "step 2": "reward", "step 3": "ppo", "dpo": "dpo"}
+    found = {name: pairs(key) for name, key in steps.items()}
+    every = sorted({(model, place) for known in found.values() for model, places in known.items() for place in places})
+    rows = [("model", "deployment", "recipes of")]
+    for model, place in every:
+        rows.append((model, place, ", ".join(name for name, known in found.items() if place in known.get(model, []))))
+    return [f"{model:20}  {place:12}  {names}" for model, place, names in rows]

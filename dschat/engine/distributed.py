@@ -124,12 +124,14 @@ def gather_objects(items: list, runtime: Runtime, group_size: int = 1) -> list:
 
 @contextmanager
 def main_process_first(runtime: Runtime) -> Iterator[None]:
-    """Rank 0 runs the body alone (and fills caches), then the others do."""
-    if not runtime.is_main:
+    """Rank 0 runs the body alone (and fills caches), then the first rank of every other node, whose disk may be its
+    own, then the others."""
+    turn = 0 if runtime.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn):
         barrier(runtime)
     with watchdog.alone():
         yield
-    if runtime.is_main:
+    for _ in range(2 - turn):
         barrier(runtime)
 
 

@@ -20,9 +20,12 @@ ACTIVATIONS, LOGITS, GRADIENTS, CACHE = "activations", "logits", "gradients", "K
 BUFFERS, LIBRARIES = "buffers", "libraries"
 BUCKET = 500_000_000  # DeepSpeed's default: elements of a gradient bucket
 MAX_LIVE = 1_000_000_000  # DeepSpeed's default: weights that stay gathered at stage 3
-# CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): measured as what
-# remains of a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
+# CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): what remains of
+# a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
 RUNNING_LIBRARIES = 100e6
+# Fragments of the heap and buffers of matrix products, on top of what comes and goes: fitted to the first five runs of
+# benchmarks/plan.py.
+CPU_WASTE = 1.15
 GPU_LIBRARIES = 1.5e9  # CUDA's context and kernels, NCCL's buffers, cuBLAS's workspace: assumed, not measured
 RANKS_PER_NODE = 8
 Bytes = Counter[str]  # by kind
@@ -38,11 +41,6 @@ class Machine:
     on_cpu: bool
     libraries: float
     name: str
-
-    @property
-    def allocator(self) -> float:
-        """What freed memory that cannot be used again adds to what comes and goes. CPU: measured (docs/scaling.md)."""
-        return 1.15 if self.on_cpu else 1.0
 
 
 def find_machine(plan_for: str) -> Machine:
@@ -188,7 +186,8 @@ class Phase:
     """A part of the work, and what it takes beside what rests."""
 
     name: str
-    extra: Mapping[str, int]
+    extra: Mapping[str, int]  # at its fullest time
+    activations: int = 0  # the most of them at any time
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,16 @@ class Plan:
             held.update(model.resting(self.machine))
         return held
 
+    @property
+    def kept(self) -> int:
+        """Bytes that freed activations hold on to. A CPU's allocator gives tensors of many MB back to the system, but
+        keeps the place of smaller ones, as activations are, for the next of them."""
+        return max(phase.activations for phase in self.phases) if self.machine.on_cpu else 0
+
     def bytes_of(self, phase: Phase) -> float:
-        return self.resting.total() + self.machine.allocator * sum(phase.extra.values())
+        own = Counter(phase.extra)
+        own[ACTIVATIONS] = max(own[ACTIVATIONS], self.kept)
+        return self.resting.total() + (CPU_WASTE if self.machine.on_cpu else 1.0) * own.total()
 
     @property
     def fullest(self) -> Phase:

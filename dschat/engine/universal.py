@@ -15,9 +15,14 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+from torch.serialization import safe_globals
 
 PARAMETER_NAMES = "parameter_names"
+THEIRS = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]  # all that its files hold but plain values
 WEIGHT, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 
 
@@ -141,8 +146,7 @@ def _read(folder: Path, name: str, key: str) -> Tensor:
 
 
 def _model_record(source: Path) -> dict[str, Any]:
-    path = min(source.glob("*_model_states.pt"))
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return torch.load(min(source.glob("*_model_states.pt")), map_location="cpu", weights_only=True)
 
 
 def _optimizer_record(source: Path) -> tuple[float, Any]:
@@ -150,7 +154,8 @@ def _optimizer_record(source: Path) -> tuple[float, Any]:
     files = sorted(source.glob("*_optim_states.pt"))
     if not files:
         return float(_model_record(source)["optimizer"]["state"][0]["step"]), None
-    record = torch.load(files[0], map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    with safe_globals(THEIRS):
+        record = torch.load(files[0], map_location="cpu", weights_only=True)["optimizer_state_dict"]
     inner = record.get("base_optimizer_state") or record["optimizer_state_dict"]
     return float(inner["state"][0]["step"]), record["loss_scaler"]
 

@@ -1,6 +1,6 @@
 """What a run will do, in the numbers that decide its memory: which models, and the largest pass of each phase."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class PlanRequest:
     """What --dry_run and --calibrate ask for."""
 
     planned: Callable[[Changes], Workload]  # the run with some flags changed
-    batch_flags: Sequence[str]  # say how many rows a pass has
+    batch_flags: Mapping[str, int]  # say how many rows a pass has, times this
     changes: Sequence[Changes]  # save memory
     plan_for: str
     num_steps: int  # real ones to make; 0: none

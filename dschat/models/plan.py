@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 from dschat.engine.memory_plan import (
+    ACTIVATIONS,
     CACHE,
     LOGITS,
     WEIGHTS,
@@ -62,29 +64,38 @@ def make_plan(work: Workload, machine: Machine) -> Plan:
     return Plan(work.title, machine, list(models.values()), phases, work.num_checkpoints, outputs)
 
 
-@cache
 def planned_model(use: ModelUse, dtype: torch.dtype) -> PlannedModel:
-    config = find_shape(use.path)
-    model = build(config, dtype, is_scorer=use.is_scorer, lora=lora_spec(use.lora))
-    sizes = [(parameter.numel(), parameter.requires_grad and use.is_trained) for parameter in model.parameters()]
-    quantized = 0
-    if use.quantized_bits:
-        names = set(adapted_layers(model, "auto"))
-        quantized = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") in names)
+    size = _count(use.path, use.is_scorer, use.lora, use.quantized_bits > 0)
     return PlannedModel(
         use.role,
         use.path.rstrip("/").rsplit("/", 1)[-1],
-        num_weights=sum(size for size, _ in sizes),
-        num_trained=sum(size for size, is_trained in sizes if is_trained),
+        num_weights=size.num_weights,
+        num_trained=size.num_trained if use.is_trained else 0,
         itemsize=dtype.itemsize,
         zero_stage=max(use.zero_stage, 1) if dtype != torch.float32 and use.is_trained else use.zero_stage,
         accumulates=use.accumulates,
         offload=use.offload,
         has_average=use.has_average,
         shares_trunk=use.shares_trunk,
-        num_quantized=quantized,
+        num_quantized=size.num_quantized,
         quantized_bits=use.quantized_bits,
     )
+
+
+class Size(NamedTuple):
+    num_weights: int
+    num_trained: int
+    num_quantized: int
+
+
+@cache
+def _count(path: str, is_scorer: bool, lora: LoraShape, is_quantized: bool) -> Size:
+    model = build(find_shape(path), torch.float32, is_scorer=is_scorer, lora=lora_spec(lora))
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    layers = set(adapted_layers(model, "auto")) if is_quantized else set()
+    quantized = [p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") in layers]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return Size(sum(size for size, _ in sizes), trained, sum(quantized))
 
 
 def lora_spec(shape: LoraShape) -> LoraSpec | None:
@@ -95,24 +106,23 @@ def phases_of(item: PassUse, use: ModelUse, model: PlannedModel, dtype: torch.dt
     """What the largest pass of a phase takes; of training its three moments: the loss, the end of the backward pass,
     the optimizer's step."""
     *first, last = (model.in_use(machine) + Counter(found) for found in pass_bytes(item, use, dtype, machine.on_cpu))
-    fullest = max(first, key=Counter.total)
+    fullest, activations = max(first, key=Counter.total), max(found[ACTIVATIONS] for found in first)
     if not machine.on_cpu and item.kind != SCORER:  # float32 copies of a block of logits (functional/logprobs.py)
         fullest[LOGITS] += min(3 * 4 * DEVICE_BLOCK, 6 * fullest[LOGITS])
     if item.kind == SAMPLE and model.zero_stage == 3:
         fullest[WEIGHTS] += model.itemsize * model.num_weights  # a rollout at stage 3 gathers a whole copy
     if not item.train:
-        return [Phase(item.phase, fullest)]
+        return [Phase(item.phase, fullest, activations)]
     gradients = model.in_backward(machine)
     if model.accumulates:
         fullest += gradients
     return [
-        Phase(f"{item.phase}: loss", fullest),
+        Phase(f"{item.phase}: loss", fullest, activations),
         Phase(f"{item.phase}: gradients", last + gradients),
         Phase(f"{item.phase}: step", model.in_step(machine)),
     ]
 
 
-@cache
 def pass_bytes(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) -> Moments:
     """Activations, logits and cache of a pass by kind, at its moments.
 
@@ -125,10 +135,10 @@ def pass_bytes(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) -
         return [first | _decoding(item, use, dtype, on_cpu), *others]
     config = find_shape(use.path)
     depth = config.num_hidden_layers
+    same = replace(item, phase=""), (use.path, use.checkpointing, use.lora), dtype, on_cpu
     if depth < 3 or not has_equal_layers(config):
-        return _traced_pass(replace(item, phase=""), use, dtype, on_cpu, depth)
-    one, two = (_traced_pass(replace(item, phase=""), use, dtype, on_cpu, number) for number in (1, 2))
-    return _line(one, two, depth)
+        return _traced_pass(*same, depth)
+    return _line(_traced_pass(*same, 1), _traced_pass(*same, 2), depth)
 
 
 def _line(one: Sequence[Mapping[str, int]], two: Sequence[Mapping[str, int]], number: int) -> Moments:
@@ -142,11 +152,14 @@ def _line(one: Sequence[Mapping[str, int]], two: Sequence[Mapping[str, int]], nu
 
 
 @cache
-def _traced_pass(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool, depth: int) -> Moments:
-    config = with_depth(find_shape(use.path), depth)
-    model = build(config, dtype, is_scorer=item.kind == SCORER, lora=lora_spec(use.lora))
+def _traced_pass(
+    item: PassUse, shape: tuple[str, bool, LoraShape], dtype: torch.dtype, on_cpu: bool, depth: int
+) -> Moments:
+    path, checkpointing, lora = shape
+    config = with_depth(find_shape(path), depth)
+    model = build(config, dtype, is_scorer=item.kind == SCORER, lora=lora_spec(lora))
     size = item.num_rows, item.num_tokens
-    if use.checkpointing and item.train:
+    if checkpointing and item.train:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if item.kind == SFT:
         run = sft_pass(model, *size, train=item.train)
@@ -166,6 +179,6 @@ def _decoding(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) ->
     """A cache with a place for every token, and what drawing one needs: log-probabilities, two sums of theirs and the
     logits."""
     config = find_shape(use.path)
-    model = build(config, dtype, is_scorer=False)
-    cache_size = item.num_rows * item.num_tokens * cache_bytes_per_token(model, on_cpu=on_cpu)
+    of_layer = cache_bytes_per_token(build(with_depth(config, 1), dtype, is_scorer=False), on_cpu=on_cpu)
+    cache_size = item.num_rows * item.num_tokens * config.num_hidden_layers * of_layer
     return {CACHE: cache_size, LOGITS: item.num_rows * config.vocab_size * (3 * 4 + dtype.itemsize)}

@@ -403,7 +403,7 @@ class PPOFlags(
         checkpoints = self.keep_checkpoints if self.checkpoint_interval else 0
         return ppo_workload(self.models_spec(1, 1), sizes, self.dtype, checkpoints)
 
-    def plan_hints(self) -> tuple[list[str], list[Changes]]:
+    def plan_hints(self) -> tuple[dict[str, int], list[Changes]]:
         rows = self.per_device_training_batch_size * self.gradient_accumulation_steps
         prompts = self.per_device_generation_batch_size * self.generation_batches
         adapters = {"actor_lora_dim": self.actor_lora_dim or 64, "critic_lora_dim": self.critic_lora_dim or 64}
@@ -421,7 +421,7 @@ class PPOFlags(
             adapters,
             {"dtype": "bf16"},
         ]
-        return ["per_device_training_batch_size", "per_device_generation_batch_size"], changes
+        return {"per_device_training_batch_size": 1, "per_device_generation_batch_size": 1}, changes
 
     def inputs(self) -> dict[str, str]:
         found = {"actor_model_name_or_path": self.actor_model_name_or_path}

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Step 2 by DPO of facebook/opt-1.3b with LoRA, for 8 GPUs of 40 GB: as step 1.
+exec ${DSCHAT_LAUNCH:-deepspeed} "$(dirname "$0")/../../../main.py" --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \
+    Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets \
+    --per_device_train_batch_size 4 --lora_dim 128 --num_warmup_steps 150 "$@"

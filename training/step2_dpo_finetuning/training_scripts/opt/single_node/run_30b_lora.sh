@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Step 2 by DPO of facebook/opt-30b with LoRA, for 8 GPUs of 80 GB: as step 1.
+exec ${DSCHAT_LAUNCH:-deepspeed} "$(dirname "$0")/../../../main.py" --data_path Dahoas/rm-static Dahoas/full-hh-rlhf \
+    Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets \
+    --per_device_train_batch_size 4 --zero_stage 3 --lora_dim 128 --num_warmup_steps 150 \
+    --gradient_checkpointing "$@"

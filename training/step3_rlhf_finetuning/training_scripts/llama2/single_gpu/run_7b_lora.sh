@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Step 3 of meta-llama/Llama-2-7b-hf with LoRA, for 1 GPU of 80 GB: rollouts of 64 answers.
+exec ${DSCHAT_LAUNCH:-python} "$(dirname "$0")/../../../main.py" --data_path Dahoas/rm-static \
+    --per_device_generation_batch_size 64 --per_device_training_batch_size 8 --gradient_accumulation_steps 4 \
+    --actor_lora_dim 64 --critic_lora_dim 64 --actor_gradient_checkpointing --critic_gradient_checkpointing \
+    --num_warmup_steps 10 --kl_coef 0.1 "$@"
