@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/python e2e_rlhf.py
 
 test: $(READY) browser
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-all: $(READY) browser
 	$(BIN)/python -m pytest

@@ -272,6 +272,7 @@ def benchmark(monkeypatch, run, path: Path, *flags: str) -> dict:
 SHORT = ("--repeats", "1", "--warmup", "1", "--batch", "4")
 
 
+@pytest.mark.long
 def test_rollout_measures_engines_on_the_same_work(tmp_path, monkeypatch):
     flags = (*SHORT, "--prompt", "6", "--response", "8", "--engines", "dschat", "generate")
     found = benchmark(monkeypatch, rollout.main, tmp_path / "out.json", *flags)
@@ -300,6 +301,7 @@ def test_the_work_of_a_step_is_that_of_its_phases():
     assert found["train"].flops == 3 * 2 * 3 * 2 * 16  # epochs, models, forward and backward
 
 
+@pytest.mark.long
 def test_step3_times_its_phases(tmp_path, monkeypatch):
     flags = (*SHORT, "--prompt", "6", "--response", "8", "--ppo_epochs", "2", "--minibatches", "2")
     found = benchmark(monkeypatch, step3.main, tmp_path / "out.json", *flags)
@@ -316,7 +318,9 @@ def test_step3_times_its_phases(tmp_path, monkeypatch):
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("stage", [pytest.param("sft", marks=LONG), pytest.param("reward", marks=LONG), "dpo"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("sft", marks=LONG), pytest.param("reward", marks=LONG), pytest.param("dpo", marks=LONG)]
+)
 def test_the_programs_are_measured_as_they_are(stage, tmp_path, monkeypatch):
     data.write_dialogues(tmp_path / "made.jsonl", 0.05, seed=3)
     flags = (*SHORT, "--data_path", str(tmp_path / "made.jsonl"), "--max_seq_len", "256")

@@ -523,7 +523,9 @@ def test_one_held_out_pair_at_least(model_dirs, tmp_path):
 # Ranks
 
 
-@pytest.mark.parametrize("max_tokens", [0, 120], ids=["by rows", "by length"])
+@pytest.mark.parametrize(
+    "max_tokens", [pytest.param(0, id="by rows", marks=pytest.mark.long), pytest.param(120, id="by length")]
+)
 def test_two_ranks_are_as_good_as_one(max_tokens, model_dirs, data_file, cache_dir, tmp_path):
     """ZeRO 2, behind torchrun; ragged last micro-batches; KTO is the loss that ranks could change."""
     model = model_dirs("llama")

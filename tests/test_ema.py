@@ -207,6 +207,7 @@ def test_tied_weights_are_averaged_once(runtime):
         assert (model[0].weight - expected).abs().max() < 1e-7
 
 
+@pytest.mark.long
 def test_two_ranks_at_stage_3_average_their_shards():
     """This file as a program, once per rank; see `main`."""
     outputs = launch("tests.test_ema", 2, seconds=120)

@@ -177,7 +177,7 @@ def test_deepspeed_itself_shrinks_the_first_update_in_bfloat16_at_stage_0(runtim
 
     model = Small().bfloat16()
     reference = copy.deepcopy(model)
-    optimizer = create_optimizer(model, 0.1, 0.0)
+    optimizer = create_optimizer(model, 0.1, 0.0, lora_learning_rate=0.1)
     config = engine_config(0, torch.bfloat16) | {"gradient_clipping": 0.0}
     scheduler = create_scheduler(optimizer, "linear", 0, 2 * NUM_STEPS)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)

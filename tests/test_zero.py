@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+pytestmark = pytest.mark.long  # two minutes; tests/test_resume_ranks.py has every stage on two ranks in the short run
+
 
 @pytest.fixture(scope="module")
 def runs(model_dirs, data_file, cache_dir, tmp_path_factory):

@@ -7,6 +7,7 @@ from types import MethodType
 from typing import Any
 
 from dschat.engine.distributed import Runtime, barrier
+from dschat.engine.memory_plan import BUCKET, BUCKET_PADDING
 from dschat.engine.optimizer import create_optimizer, create_scheduler
 
 import deepspeed
@@ -48,6 +49,9 @@ def create_train_engine(
     scheduler = create_scheduler(optimizer, spec.lr_scheduler_type, spec.num_warmup_steps, spec.num_steps)
     zero_stage = max(spec.zero_stage, 1) if dtype in ENGINE_KEY else spec.zero_stage
     config = engine_config(zero_stage, dtype, spec.offload) | {"managed_gradient_accumulation": False}
+    num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    # DeepSpeed takes the whole of a bucket, 500 million numbers, for the smallest model too.
+    config["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, num_trained + BUCKET_PADDING)
     config["gradient_clipping"] = spec.max_grad_norm if zero_stage else 0.0  # DeepSpeed's own default is 1.0
     if zero_stage == 0:
         _clip_in_optimizer(model, optimizer, spec.max_grad_norm)

@@ -18,7 +18,7 @@ import torch
 WEIGHTS, GATHERED, OPTIMIZER, AVERAGE = "weights", "gathered weights", "optimizer", "moving average"
 ACTIVATIONS, LOGITS, GRADIENTS, CACHE = "activations", "logits", "gradients", "KV cache"
 BUFFERS, LIBRARIES = "buffers", "libraries"
-BUCKET = 500_000_000  # DeepSpeed's default: elements of a gradient bucket
+BUCKET, BUCKET_PADDING = 500_000_000, 2**20  # elements of a gradient bucket: at most; for what pads a shard
 MAX_LIVE = 1_000_000_000  # DeepSpeed's default: weights that stay gathered at stage 3
 # CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): what remains of
 # a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
@@ -172,8 +172,9 @@ class PlannedModel:
         return Counter({GRADIENTS: share if self.zero_stage == 2 else share // 2})
 
     def _bucket(self, machine: Machine) -> int:
-        """On a GPU it is taken whole; a CPU gives only the pages that are written."""
-        return self.itemsize * (min(self.num_trained, BUCKET) if machine.on_cpu else BUCKET)
+        """Taken whole on a GPU; a CPU gives only the pages that are written."""
+        padding = 0 if machine.on_cpu else BUCKET_PADDING
+        return self.itemsize * min(self.num_trained + padding, BUCKET)
 
     @property
     def checkpoint(self) -> int:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from dschat.errors import UserError
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -135,8 +137,9 @@ class MetricsWriter:
             self.service.log(step, line)
 
     def histogram(self, step: int, name: str, values: Any) -> None:
-        if self.enabled and len(values):
-            self.tensorboard.add_histogram(name, values, step)
+        finite = [value for value in map(float, values) if math.isfinite(value)] if self.enabled else []
+        if finite:  # tensorboard raises on an empty one
+            self.tensorboard.add_histogram(name, np.array(finite), step)
 
     def text(self, step: int, name: str, text: str) -> None:
         if self.enabled:
