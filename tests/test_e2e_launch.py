@@ -104,6 +104,8 @@ def test_the_real_stages_end_to_end(tmp_path):
     assert shown.count("\n  SFT [") == shown.count("\n  PPO [") == 5
     assert sorted(path.name for path in out.iterdir()) == [
         "actor-models",
+        "report.html",
+        "report.png",
         "reward-models",
         "step3-models",
         "summary.json",
