@@ -20,8 +20,6 @@ import torch
 TRUST_HELP = "run the Python code that a model or tokenizer brings along, with your rights"
 
 OFFLOAD_HELP = "optimizer states (at ZeRO 3 weights too) in the CPU's memory; needs ZeRO 1 or more"
-ONLY_LORA_HELP = "False also trains what is under no adapter: embeddings, norms, biases; needs lora_save_merged"
-MERGED_HELP = "save whole models, W + B A alpha / dim, in place of adapters"
 
 # Flags that change nothing of what a run computes. The data are told by what is in them, not by where they are.
 WITHOUT_EFFECT = {
@@ -174,7 +172,23 @@ class DataFlags:
 
 
 @dataclass(kw_only=True)
-class SupervisedFlags(RunFlags, DataFlags):
+class LoraModeFlags:
+    """How adapters are trained and saved, whatever model they are on."""
+
+    only_optimize_lora: bool = flag(
+        True, "False also trains what is under no adapter: embeddings, norms, biases; needs lora_save_merged"
+    )
+    lora_save_merged: bool = flag(False, "save whole models, W + B A alpha / dim, in place of adapters")
+    load_in_4bit: bool = flag(False, "the frozen weights under the (actor's) adapters in 4 bits (NF4; QLoRA)")
+    load_in_8bit: bool = flag(False, "the same in 8 bits")
+
+    @property
+    def quantization(self) -> str | None:
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+
+
+@dataclass(kw_only=True)
+class SupervisedFlags(RunFlags, DataFlags, LoraModeFlags):
     """Steps 1 and 2: one trained model, one loss over a data set."""
 
     model_name_or_path: str = flag(help="a Hugging Face directory, a hub name or 'toy' (the embedded model)")
@@ -198,10 +212,6 @@ class SupervisedFlags(RunFlags, DataFlags):
     lora_alpha: int | None = flag(None, "adapters count lora_alpha / lora_dim; default: twice lora_dim")
     lora_module_name: str = flag("auto", "parts of names of linear layers, with commas; auto: all in the blocks")
     lora_learning_rate: float = flag(5e-4, "of the adapters, peak; the head's is learning_rate")
-    only_optimize_lora: bool = flag(True, ONLY_LORA_HELP)
-    lora_save_merged: bool = flag(False, MERGED_HELP)
-    load_in_4bit: bool = flag(False, "the frozen weights under the adapters in 4 bits (NF4; QLoRA), on a GPU")
-    load_in_8bit: bool = flag(False, "the same in 8 bits")
     dropout: float | None = flag(None, "every dropout of the model; default: as its config says")
 
     def __post_init__(self) -> None:
@@ -230,10 +240,6 @@ class SupervisedFlags(RunFlags, DataFlags):
     def step_sizes(self, num_ranks: int) -> dict[str, int]:
         per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return {"rows of an optimizer step, of all ranks,": per_rank * num_ranks}
-
-    @property
-    def quantization(self) -> str | None:
-        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
     def lora_shape(self) -> tuple[int, int | None, str, bool]:
         """What `dschat.models.lora.LoraSpec` is made of."""

@@ -4,10 +4,12 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from dschat.engine.deepspeed_engine import is_sharded
 from dschat.engine.distributed import Runtime
 
 import deepspeed
 import torch
+from torch import nn
 
 Rows = TypeVar("Rows")
 Result = TypeVar("Result")
@@ -39,10 +41,13 @@ class MicroBatches:
             )
         return parts
 
-    def run(self, engine: deepspeed.DeepSpeedEngine, accumulate: Callable[[], Result]) -> Result:
+    def run(
+        self, engine: deepspeed.DeepSpeedEngine, accumulate: Callable[[], Result], also: nn.Module | None = None
+    ) -> Result:
         """What ``accumulate`` gives: forward and backward passes of ``engine`` over micro-batches that it gets from
         `cut`. When memory runs out in it, its gradient is dropped and it is called anew, with micro-batches of half
         the size from here on. No gradient may be there before, and no optimizer step or collective may be in it.
+        ``also``: a frozen model that it asks too.
 
         Raises:
             RuntimeError: memory does not suffice for one row; or there are several ranks at ZeRO 2 or 3, where the
@@ -55,7 +60,7 @@ class MicroBatches:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if reason := self._why_not(engine):
+                if reason := self._why_not(engine, also):
                     raise RuntimeError(
                         f"out of memory on a micro-batch of {self._most_rows} rows; {reason}"
                     ) from error
@@ -70,10 +75,11 @@ class MicroBatches:
                 "from here on, the optimizer steps stay the same"
             )
 
-    def _why_not(self, engine: deepspeed.DeepSpeedEngine) -> str:
+    def _why_not(self, engine: deepspeed.DeepSpeedEngine, also: nn.Module | None) -> str:
         if self._most_rows < 2:
             return "shorten the rows, turn gradient checkpointing on, or shard the model with a higher ZeRO stage"
-        if self.runtime.world_size > 1 and engine.zero_optimization_stage() > 1:
+        waits = engine.zero_optimization_stage() > 1 or (also is not None and is_sharded(also))
+        if self.runtime.world_size > 1 and waits:
             return (
                 "make the micro-batches half as large and the accumulation twice as long: the same command with "
                 "that goes on from the last checkpoint, with the same optimizer steps"

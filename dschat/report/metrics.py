@@ -137,9 +137,13 @@ class MetricsWriter:
             self.service.log(step, line)
 
     def histogram(self, step: int, name: str, values: Any) -> None:
-        finite = [value for value in map(float, values) if math.isfinite(value)] if self.enabled else []
-        if finite:  # tensorboard raises on an empty one
-            self.tensorboard.add_histogram(name, np.array(finite), step)
+        """``values``: an array or a tensor on the CPU; what is not finite is left out."""
+        if not self.enabled:
+            return
+        numbers = np.asarray(values, dtype=np.float64)
+        finite = numbers[np.isfinite(numbers)]
+        if len(finite):  # tensorboard raises on an empty one
+            self.tensorboard.add_histogram(name, finite, step)
 
     def text(self, step: int, name: str, text: str) -> None:
         if self.enabled:

@@ -16,6 +16,7 @@ from dschat.rlhf.rollout import Rollout, Sampling, generate_in_batches, row_unif
 from dschat.rlhf.samples import describe_rollout, learned_tokens
 from dschat.rlhf.slots import SlotDecoder
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
@@ -70,12 +71,21 @@ def collect(
     collector: Collector, rollout: Rollout, samples: Samples, scores: Scores
 ) -> tuple[Experience, dict[str, list[float | None]]]:
     """The experience of all ranks on every rank, in global order, and their scores by source."""
-    runtime, num_samples, tokenizer = collector.runtime, collector.num_samples, collector.tokenizer
+    runtime, num_samples = collector.runtime, collector.num_samples
+    experience = ask_models(collector, rollout, scores, learned_tokens(rollout, samples, scores, collector.tokenizer))
+    by_source = {name: gather_objects(given, runtime, num_samples) for name, given in scores.by_source.items()}
+    return experience, by_source
+
+
+def ask_models(collector: Collector, rollout: Rollout, scores: Scores, action_mask: Tensor) -> Experience:
+    """What actor, reference and critic say of this rank's responses (`score_rollout`), of all ranks on every rank, in
+    global order. ``action_mask`` (B, R)."""
+    runtime = collector.runtime
     local = score_rollout(
         collector.engine,
         rollout,
         scores.total.to(runtime.device),
-        learned_tokens(rollout, samples, scores, tokenizer),
+        action_mask,
         collector.sampling,
         collector.kl_kind,
         collector.micro_batch_size,
@@ -83,9 +93,7 @@ def collect(
         old_logprobs=collector.old_logprobs,
         runtime=runtime,
     )
-    experience = gather_experience(local, runtime, tokenizer.pad_token_id, num_samples)
-    by_source = {name: gather_objects(given, runtime, num_samples) for name, given in scores.by_source.items()}
-    return experience, by_source
+    return gather_experience(local, runtime, collector.tokenizer.pad_token_id, collector.num_samples)
 
 
 class BadScores:

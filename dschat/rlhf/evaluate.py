@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from dschat.engine.distributed import Runtime, gather_objects
-from dschat.rlhf.collect import Collector, judge, roll_out
-from dschat.rlhf.experience import distinct_n, gather_experience, score_rollout
+from dschat.rlhf.collect import Collector, ask_models, judge, roll_out
+from dschat.rlhf.experience import distinct_n
 from dschat.rlhf.judges import Judge
 from dschat.rlhf.rollout import tokens_of
 from dschat.rlhf.samples import decode_responses, prompt_text
 
 import datasets
 
-EVAL_SEED = (
-    1_000_003  # every evaluation draws with the same numbers, so that two policies differ by their weights only
-)
+# Every evaluation draws with the same numbers, so that two policies differ by their weights only.
+EVAL_SEED = 1_000_003
 
 
 @dataclass
@@ -45,25 +44,13 @@ def evaluate_policy(
     objective is the mean score less ``kl_coef`` times the KL. ``independent`` judges the same answers; training never
     sees what it says.
     """
-    collector = dataclasses.replace(collector, num_samples=1)
+    engine = dataclasses.replace(collector.engine, critic=None)  # whose values nobody asks for
+    collector = dataclasses.replace(collector, engine=engine, num_samples=1, kl_kind="kl")
     real, runtime, tokenizer = held_out.num_prompts, collector.runtime, collector.tokenizer
     rollout = roll_out(collector, held_out.rows, EVAL_SEED)
     samples, scores = judge(collector, rollout, held_out.rows)
-    # Every token of every answer, whatever is learned from it; the values of the critic are not asked for.
-    engine = dataclasses.replace(collector.engine, critic=None)
-    local = score_rollout(
-        engine,
-        rollout,
-        scores.total.to(runtime.device),
-        rollout.response_mask,
-        collector.sampling,
-        "kl",
-        collector.micro_batch_size,
-        max_tokens=collector.max_tokens,
-        old_logprobs=collector.old_logprobs,
-        runtime=runtime,
-    )
-    everyone = gather_experience(local, runtime, tokenizer.pad_token_id)
+    # Every token of every answer, whatever is learned from it.
+    everyone = ask_models(collector, rollout, scores, rollout.response_mask)
     questions = gather_objects([prompt_text(row["messages"]) for row in held_out.rows], runtime)
     counted = gather_objects(scores.counts.tolist(), runtime)
     judged = gather_objects(independent(samples).scores, runtime) if independent is not None else None

@@ -310,8 +310,8 @@ class PPOFlags(
             actor_path=self.actor_model_name_or_path,
             critic_path=self.critic_model_name_or_path,
             rewards=tuple(parse_reward(text) for text in self.rewards),
-            actor=self.actor_spec(actor_steps),
-            critic=self.critic_spec(num_rollouts * steps_per_rollout) if has_critic else None,
+            actor=self.train_spec("actor", actor_steps),
+            critic=self.train_spec("critic", num_rollouts * steps_per_rollout) if has_critic else None,
             reference_stage=self.reference_stage,
             reward_stage=self.reward_stage,
             offload_reference=self.offload_reference_model,
@@ -329,32 +329,16 @@ class PPOFlags(
             api_retries=self.reward_api_retries,
         )
 
-    def actor_spec(self, num_steps: int) -> TrainSpec:
+    def train_spec(self, role: str, num_steps: int) -> TrainSpec:
+        """Of the "actor" or the "critic"."""
+        own = ("learning_rate", "weight_decay", "zero_stage", "gradient_checkpointing", "lora_learning_rate")
         return TrainSpec(
-            self.actor_learning_rate,
-            self.actor_weight_decay,
-            self.lr_scheduler_type,
-            self.num_warmup_steps,
-            num_steps,
-            self.max_grad_norm,
-            self.actor_zero_stage,
-            self.actor_gradient_checkpointing,
-            self.actor_lora_learning_rate,
-            self.offload,
-        )
-
-    def critic_spec(self, num_steps: int) -> TrainSpec:
-        return TrainSpec(
-            self.critic_learning_rate,
-            self.critic_weight_decay,
-            self.lr_scheduler_type,
-            self.num_warmup_steps,
-            num_steps,
-            self.max_grad_norm,
-            self.critic_zero_stage,
-            self.critic_gradient_checkpointing,
-            self.critic_lora_learning_rate,
-            self.offload,
+            **{name: getattr(self, f"{role}_{name}") for name in own},
+            lr_scheduler_type=self.lr_scheduler_type,
+            num_warmup_steps=self.num_warmup_steps,
+            num_steps=num_steps,
+            max_grad_norm=self.max_grad_norm,
+            offload=self.offload,
         )
 
     def shaping(self) -> Shaping:

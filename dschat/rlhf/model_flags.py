@@ -5,13 +5,7 @@ from dataclasses import dataclass
 from dschat.config import flag, require_not_negative, require_positive
 from dschat.errors import UserError
 from dschat.flag_checks import check_lora
-from dschat.flags import (
-    MERGED_HELP,
-    OFFLOAD_HELP,
-    ONLY_LORA_HELP,
-    SCHEDULES,
-    ZERO_STAGES,
-)
+from dschat.flags import OFFLOAD_HELP, SCHEDULES, ZERO_STAGES, LoraModeFlags
 from dschat.models.lora import LoraSpec
 
 
@@ -61,7 +55,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class AdapterFlags:
+class AdapterFlags(LoraModeFlags):
     """LoRA. With actor_lora_dim the reference is the actor without its adapter: no second copy of the weights."""
 
     actor_lora_dim: int = flag(0, "train adapters of this rank (LoRA) in place of the actor; 0: the whole actor")
@@ -72,18 +66,10 @@ class AdapterFlags:
     critic_lora_alpha: int | None = flag(None, "they count alpha / dim; default: twice the rank")
     critic_lora_module_name: str = flag("auto", "as actor_lora_module_name")
     critic_lora_learning_rate: float = flag(5e-4, "of the critic's adapters; its head's is critic_learning_rate")
-    only_optimize_lora: bool = flag(True, ONLY_LORA_HELP)
-    lora_save_merged: bool = flag(False, MERGED_HELP)
     share_trunk: bool = flag(False, "actor, reference, critic and lora reward are adapters on one copy of the weights")
-    load_in_4bit: bool = flag(False, "the frozen weights under the actor's adapters in 4 bits (NF4; QLoRA)")
-    load_in_8bit: bool = flag(False, "the same in 8 bits")
 
     def __post_init__(self) -> None:
         check_lora(self, "actor_", "critic_")
-
-    @property
-    def quantization(self) -> str | None:
-        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
     def lora_spec(self, role: str) -> LoraSpec | None:
         names = ("dim", "alpha", "module_name")

@@ -167,7 +167,7 @@ def add_policy_gradient(
             sums.add("policy/ptx_loss", loss)
         return sums
 
-    return memory.run(engine.actor, accumulate).reduce(runtime)
+    return memory.run(engine.actor, accumulate, also=engine.ref).reduce(runtime)
 
 
 def policy_objective(

@@ -7,9 +7,9 @@ from typing import Any
 
 from dschat.engine.distributed import gather_objects
 from dschat.report.metrics import write_whole
-from dschat.rlhf.collect import Collector, judge, roll_out
+from dschat.rlhf.collect import Collector, ask_models, judge, roll_out
 from dschat.rlhf.evaluate import EVAL_SEED, HeldOut
-from dschat.rlhf.experience import GAE, Shaping, add_advantages, gather_experience, score_rollout
+from dschat.rlhf.experience import GAE, Shaping, add_advantages
 from dschat.rlhf.rollout import tokens_of
 from dschat.rlhf.samples import decode_responses, prompt_text
 
@@ -24,23 +24,11 @@ def write_token_details(
     random numbers), with each token's text, KL (nats; policy against reference) and, with a critic, its value and its
     advantage before whitening. A collective."""
     runtime, tokenizer = collector.runtime, collector.tokenizer
-    collector = dataclasses.replace(collector, num_samples=1)
+    collector = dataclasses.replace(collector, num_samples=1, kl_kind="kl")
     mine = held_out.rows[: -(-NUM_PROMPTS // runtime.world_size)]
     rollout = roll_out(collector, mine, EVAL_SEED)
-    samples, scores = judge(collector, rollout, mine)
-    local = score_rollout(
-        collector.engine,
-        rollout,
-        scores.total.to(runtime.device),
-        rollout.response_mask,
-        collector.sampling,
-        "kl",
-        collector.micro_batch_size,
-        max_tokens=collector.max_tokens,
-        old_logprobs=collector.old_logprobs,
-        runtime=runtime,
-    )
-    everyone = gather_experience(local, runtime, tokenizer.pad_token_id)
+    _, scores = judge(collector, rollout, mine)
+    everyone = ask_models(collector, rollout, scores, rollout.response_mask)
     names = {"kl": "kl"}
     if shaping.estimator == GAE:
         everyone = add_advantages(everyone, dataclasses.replace(shaping, whiten_advantages=False), kl_coef)
