@@ -1,6 +1,7 @@
 """How a program ends: a user's mistake is one line and exit code 2, anything else a traceback and exit code 1."""
 
 import atexit
+import errno
 import os
 import sys
 import traceback
@@ -24,8 +25,8 @@ class Stopped(Exception):
 
 
 def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit: 0 done, 2 for a `UserError` (one line on stderr), 128 + signal for `Stopped`, 1 for
-    everything else.
+    """Run ``main`` and exit: 0 done, 2 for a `UserError` or a full disk (one line on stderr), 128 + signal for
+    `Stopped`, 1 for everything else.
 
     When $DSCHAT_ERROR_FILE is set (e2e_rlhf.py does), the first process to fail also writes its error there, so that
     the cause can be shown last, after whatever a launcher prints.
@@ -33,9 +34,7 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        _record(f"error: {error}")
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
+        _leave_with_line(str(error))
     except Stopped as stop:
         if str(stop):
             _record(str(stop))
@@ -44,7 +43,9 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr, flush=True)
         _leave(130)
-    except Exception:
+    except Exception as error:
+        if _disk_is_full(error):
+            _leave_with_line(f"{error}; free some room: the same command then goes on from what was saved before")
         text = traceback.format_exc()
         for look in before_crash:
             look()
@@ -59,6 +60,18 @@ def end_process(message: str) -> NoReturn:
     _record(message)
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Libraries that write files from native code (safetensors) pass the system's reason on as text only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(e) in str(error) for e in full)
+
+
+def _leave_with_line(message: str) -> NoReturn:
+    _record(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    _leave(2)
 
 
 def _leave(code: int) -> NoReturn:
