@@ -84,7 +84,7 @@ def test_open_send_stream_vote_and_reload(page, chat_server):
 def test_a_blind_comparison_tells_no_name_before_the_vote(page, chat_server):
     orders = set()
     page.check("#blind")
-    for number in range(6):
+    for number in range(20):
         send(page, f"what is the colour of the sky {number}")
         card = page.locator(".turn").last
         assert "policy" not in card.inner_text() and "script" not in card.locator(".name").first.inner_text()
@@ -100,7 +100,7 @@ def test_a_blind_comparison_tells_no_name_before_the_vote(page, chat_server):
         assert record["metadata"]["blind"] is True and record["ranks"] == [1, 1]
         if len(orders) == 2:
             break
-    assert len(orders) == 2, "the order is drawn: six times the same is one in 32"
+    assert len(orders) == 2, "the order is drawn: twenty times the same is one in half a million"
 
 
 def test_what_a_model_says_is_text_and_stop_stops(page):
