@@ -168,8 +168,9 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("torch.where(variance > 0, 1 - residual_variance / variance, 0.0)", "1 - residual_variance / variance"),
     ],
     "losses.py": [
-        ("logits[:, :-1][scored]", "logits[:, 1:][scored]"),
-        ("nll * token_weights, token_weights.sum()", "nll * token_weights, num_tokens"),
+        ("nll = -token_logprobs(logits, token_ids)", "nll = token_logprobs(logits, token_ids)"),
+        ("nll * weights.float(), weights.float().sum()", "nll * weights.float(), num_tokens"),
+        ("nll * weights.float(), weights.float().sum()", "nll, weights.float().sum()"),
         ("-logsigmoid(gap - needed)", "-logsigmoid(gap + needed)"),
         ("-logsigmoid(gap - needed)", "-torch.log(torch.sigmoid(gap - needed))"),
         ("-logsigmoid(gap - needed), better - worse,", "-logsigmoid(gap), better - worse - needed,"),

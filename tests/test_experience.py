@@ -240,10 +240,12 @@ def test_rows_drops_columns_of_padding_and_changes_no_number(engine, sampled, ex
             assert part.response_mask[k].sum() == tokens.sum()
     with torch.no_grad():
         mask = part.response_mask
-        pairs = [[policy_logits(engine.actor, engine, batch) for batch in (part, whole)]]
-        pairs += [[response_values(engine.critic, batch)[:, :-1] for batch in (part, whole)]]
-        for narrow, wide in pairs:
-            assert (narrow - wide[index][:, : mask.shape[1]])[mask].abs().max() < 1e-4
+        narrow, wide = (policy_logits(engine.actor, engine, batch)[0] for batch in (part, whole))
+        by_token = wide.new_zeros(*whole.response_mask.shape, wide.shape[-1])
+        by_token[whole.response_mask] = wide
+        assert (narrow - by_token[index][:, : mask.shape[1]][mask]).abs().max() < 1e-4
+        narrow, wide = (response_values(engine.critic, batch)[:, :-1] for batch in (part, whole))
+        assert (narrow - wide[index][:, : mask.shape[1]])[mask].abs().max() < 1e-4
 
 
 def test_rows_takes_slices(experience):

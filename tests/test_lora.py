@@ -11,6 +11,7 @@ from dschat.functional import listwise_ranking_loss, sft_loss
 from dschat.models.forward import model_inputs
 from dschat.models.load import load_causal_lm, load_scorer, load_trained_scorer, save_model
 from dschat.models.lora import NAME, LoraSpec, add_lora, merged_copy
+from dschat.models.packed import token_logits
 from dschat.models.scorer import Scorer, last_token_values
 from dschat.models.trunk import shared_copy
 from dschat.rlhf.build import ModelsSpec, create_models
@@ -65,7 +66,8 @@ def gradients(model, loss) -> dict[str, float]:
 def loss_of(module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Of step 1 or of step 2; the latter with its term for the mean of scores, for pairs see differences alone."""
     if not isinstance(module, Scorer):
-        return sft_loss(module(**model_inputs(module, ids, mask)).logits, ids, mask & (mask.cumsum(1) > 2))[0]
+        scored = mask & (mask.cumsum(1) > 2)
+        return sft_loss(token_logits(module, module, ids, mask, scored), ids[scored][None])[0]
     values = last_token_values(module(ids, mask), mask).view(2, 2)
     return listwise_ranking_loss(values, torch.tensor([[1, 2], [2, 1]]), center_coef=0.1)[0]
 

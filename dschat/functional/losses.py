@@ -17,39 +17,32 @@ from torch.nn.functional import logsigmoid
 
 def sft_loss(
     logits: Tensor,
-    input_ids: Tensor,
-    loss_mask: Tensor,
+    token_ids: Tensor,
     *,
     weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Negative log-likelihood, in nats, of the tokens in `loss_mask`: token t is scored by the logits at t - 1.
+    """Negative log-likelihood, in nats, of tokens to learn, under the logits that predict them.
 
     Args:
-        logits: (B, T, V); only the scored positions are converted to float32.
-        input_ids: (B, T).
-        loss_mask: (B, T), True on tokens to learn. Nothing predicts the first column; its mask is ignored.
-        weights: (B, T) factors of the tokens' losses, 1 by default (below 1 on prompt tokens, say).
-        denominator: default `loss_mask[:, 1:].sum()`, with weights the sum of theirs.
+        logits: (..., V), any floating dtype: those of the position before each token.
+        token_ids: (...).
+        weights: (...) factors of the tokens' losses, 1 by default (below 1 on prompt tokens, say).
+        denominator: default the number of tokens, with weights the sum of theirs.
 
     Returns:
-        The loss; stats `loss_sum` (weighted sum, before the division) and `num_tokens` (scored tokens).
+        The loss; stats `loss_sum` (weighted sum, before the division) and `num_tokens`.
 
     Raises:
-        TypeError: `loss_mask` is not bool.
         ValueError: the shapes do not agree.
     """
-    require_same_shape(logits=logits[..., 0], input_ids=input_ids, loss_mask=loss_mask)
-    if loss_mask.dtype != torch.bool:
-        raise TypeError(f"a mask must be a bool tensor (True = counts), not {loss_mask.dtype}")
-    scored = loss_mask[:, 1:]
-    nll = -token_logprobs(logits[:, :-1][scored], input_ids[:, 1:][scored])
-    num_tokens = scored.sum()
+    require_same_shape(logits=logits[..., 0], token_ids=token_ids)
+    nll = -token_logprobs(logits, token_ids)
+    num_tokens = nll.new_tensor(nll.numel())
     own_count = num_tokens
     if weights is not None:
-        require_same_shape(weights=weights, loss_mask=loss_mask)
-        token_weights = weights[:, 1:][scored].float()
-        nll, own_count = nll * token_weights, token_weights.sum()
+        require_same_shape(weights=weights, token_ids=token_ids)
+        nll, own_count = nll * weights.float(), weights.float().sum()
     total = nll.sum()
     return divide(total, own_count, denominator), detached(loss_sum=total, num_tokens=num_tokens)
 

@@ -5,7 +5,9 @@ Measured with `benchmarks/attention.py`. Everywhere else (GPU, float32, dropout,
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,69 @@ NAME = "dschat"
 _SCORES = 2**18  # scores of a block: their float32 copy stays in a core's cache
 _QUERIES = 128  # of a block: those after them need no keys of later ones
 KEPT_KEYS = 256  # up to so many the probabilities are kept for the backward pass; beyond, it computes them again
+
+
+_of_mask: "WeakValueDictionary[int, Rows]" = WeakValueDictionary()
+
+
+@dataclass(eq=False)
+class Rows:
+    """Where the N tokens of a packed batch (`dschat.models.packed`) stand in R rows of L places, padded on the right.
+
+    A token stands in one row, or in two that begin alike.
+    """
+
+    columns: Tensor  # (R, L) int64 in [0, N): the token at each place; any at padding
+    places: Tensor  # (N,) int64 in [0, R L): the first place of each token, of which its result is taken
+    more_places: Tensor  # (M,): the other places of tokens that have two
+    more_columns: Tensor  # (M,): those tokens
+    num_uses: int = 0  # calls of `attention` that got it
+
+    def __post_init__(self) -> None:
+        _of_mask[self.columns.data_ptr()] = self
+
+    def as_mask(self) -> Tensor:
+        """(1, 1, R, L): the columns, by whose place in memory `attention` finds the rest: on the way there DeepSpeed
+        may make another tensor of it."""
+        return self.columns[None, None]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(1, H, N, D) -> (R, H, L, D)."""
+        return _Spread.apply(x[0].transpose(0, 1), self).transpose(1, 2)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """(R, L, H, D) -> (1, N, H, D)."""
+        return _Collect.apply(x, self)[None]
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.columns.flatten()).view(*rows.columns.shape, *x.shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        flat, rows = gradient.flatten(0, 1), ctx.rows
+        result = flat.index_select(0, rows.places)
+        if len(rows.more_places):
+            result.index_add_(0, rows.more_columns, flat.index_select(0, rows.more_places))
+        return result, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows, ctx.shape = rows, x.shape
+        return x.flatten(0, 1).index_select(0, rows.places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        result = gradient.new_zeros(ctx.shape)
+        result.flatten(0, 1).index_copy_(0, ctx.rows.places, gradient)
+        return result, None
 
 
 def use_fast_attention(model: PreTrainedModel) -> None:
@@ -38,7 +103,14 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' AttentionInterface has it: query (B, H, Q, D), key and value (B, H / groups, K, D), mask
-    (B, 1, Q, K), True where attended to, or None -> (B, Q, H, D)."""
+    (B, 1, Q, K), True where attended to, or None -> (B, Q, H, D). The mask of `Rows` stands for causal attention in
+    each of them."""
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        rows = _of_mask[attention_mask.data_ptr()]
+        rows.num_uses += 1
+        query, key, value = (rows.spread(x) for x in (query, key, value))
+        result, _ = attention(module, query, key, value, None, dropout, scaling, True, **options)
+        return rows.collect(result), None
     in_bf16_on_cpu = query.is_cpu and query.dtype == key.dtype == value.dtype == torch.bfloat16
     is_plain = dropout == 0.0 and all(options.get(name) is None for name in ("softcap", "position_bias", "s_aux"))
     masked = attention_mask is not None and attention_mask.dtype == torch.bool

@@ -108,7 +108,7 @@ def sft_pass(model: PreTrainedModel, num_rows: int, num_tokens: int, *, train: b
 
     def run() -> None:
         logits = model(**model_inputs(model, ids, mask), use_cache=False).logits
-        loss, _ = sft_loss(logits, ids, mask)
+        loss, _ = sft_loss(logits[:, :-1], ids[:, 1:])
         _backward(loss, train)
 
     return _mode(model, run, train)

@@ -11,6 +11,7 @@ from dschat.data.templates import encode_answers
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
 from dschat.models.forward import model_inputs
+from dschat.models.packed import can_pack, pack
 
 import torch
 from safetensors import SafetensorError
@@ -39,10 +40,16 @@ class Scorer(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, T), (B, T) -> (B, T) float32: the value of each prefix; what stands at padding means nothing."""
-        inputs = model_inputs(self.model, input_ids, attention_mask)
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         head: Any = self.model.score
-        return (head(hidden).squeeze(-1).float() - self.mean) / self.std
+
+        def values(hidden: torch.Tensor) -> torch.Tensor:
+            return (head(hidden).squeeze(-1).float() - self.mean) / self.std
+
+        if can_pack(self.model):
+            packed = pack(input_ids, attention_mask)
+            return packed.at_tokens(values(packed.run(self.model.base_model, self.model).last_hidden_state))
+        inputs = model_inputs(self.model, input_ids, attention_mask)
+        return values(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.model.gradient_checkpointing_enable(**options)

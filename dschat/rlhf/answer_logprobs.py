@@ -8,15 +8,12 @@ from typing import Any
 from dschat.data.loader import Batch
 from dschat.engine.distributed import Runtime, all_reduce_max, all_reduce_sum, gather_rows
 from dschat.functional import sequence_logprobs, token_logprobs
-from dschat.models.forward import response_logits
-from dschat.models.shared_prompt import can_share_prompts, make_tree, tree_logprobs
+from dschat.models.packed import on_tokens, token_logits
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-SHARE_BELOW = 0.95  # of the tokens, with padding: attention in a tree is a little more work than in two rows
 
 
 @dataclass(frozen=True)
@@ -87,18 +84,17 @@ def _half(batch: Batch, number: int) -> Batch:
 
 
 def _pair_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
-    """(B, 2): the log-probabilities of both answers of each row; the prompt is computed once where that is less."""
-    if can_share_prompts(family):
-        tree = make_tree(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-        if tree.input_ids.numel() < SHARE_BELOW * batch["input_ids"].numel():
-            answers = zip(tree_logprobs(model, tree), tree.answer_masks, strict=True)
-            return torch.stack([sequence_logprobs(*answer) for answer in answers], dim=1)
-    return _sequence_logps(model, family, batch).view(2, -1).T
+    """(B, 2): the log-probabilities of both answers of each row, behind a prompt that is computed once."""
+    lengths = batch["attention_mask"].sum(1) - batch["response_mask"].sum(1)
+    return _sequence_logps(model, family, batch, lengths.view(2, -1).amin(0)).view(2, -1).T
 
 
-def _sequence_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
+def _sequence_logps(
+    model: nn.Module, family: PreTrainedModel, batch: Batch, num_shared: Tensor | None = None
+) -> Tensor:
     """(M,): the log-probability of each sequence's answer, 0 where its response_mask is empty."""
     ids, attended, response_mask = (batch[name] for name in ("input_ids", "attention_mask", "response_mask"))
     size = response_mask.shape[1]
-    logits = response_logits(model, family, ids, attended, size)
-    return sequence_logprobs(token_logprobs(logits, ids[:, -size:]), response_mask)
+    wanted = nn.functional.pad(response_mask, (ids.shape[1] - size, 0))
+    logprobs = token_logprobs(token_logits(model, family, ids, attended, wanted, num_shared), ids[wanted][None])
+    return sequence_logprobs(on_tokens(logprobs, response_mask), response_mask)

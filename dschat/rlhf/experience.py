@@ -20,7 +20,7 @@ from dschat.functional import (
     shape_rewards,
     token_logprobs,
 )
-from dschat.models.forward import response_logits
+from dschat.models.packed import on_tokens, token_logits
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Rollout, Sampling, tokens_of
 
@@ -117,10 +117,18 @@ def sequences(batch: Rollout | Experience) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def policy_logits(model: nn.Module, engine: RLHFEngine, batch: Rollout | Experience) -> torch.Tensor:
-    """(B, R, V) logits at each action, in the model's dtype, before the temperature; ``model`` is the actor or the
-    reference. `Sampling.scored` says which distribution they make."""
+    """(1, M, V) logits at the M tokens of all responses, row by row, in the model's dtype, before the temperature;
+    ``model`` is the actor or the reference. `Sampling.scored` says which distribution they make."""
     ids, mask = sequences(batch)
-    return response_logits(model, engine.family, ids, mask, batch.response_ids.shape[1])
+    wanted = mask.clone()
+    wanted[:, : batch.input_ids.shape[1]] = False
+    return token_logits(model, engine.family, ids, mask, wanted)
+
+
+def policy_logprobs(logits: torch.Tensor, batch: Rollout | Experience, sampling: Sampling) -> torch.Tensor:
+    """(B, R), 0 at padding: the log-probabilities of the responses under `policy_logits`."""
+    ids = batch.response_ids[batch.response_mask][None]
+    return on_tokens(token_logprobs(logits, ids, **sampling.scored), batch.response_mask)
 
 
 def response_values(critic: nn.Module, batch: Rollout | Experience) -> torch.Tensor:
@@ -168,15 +176,15 @@ def score_rollout(
         part = take_rows(rollout, rows)
         mask = action_mask[rows, : part.response_ids.shape[1]]
         ref_logits = policy_logits(engine.ref, engine, part)
-        found = {"ref_logprobs": token_logprobs(ref_logits, part.response_ids, **sampling.scored)}
+        found = {"ref_logprobs": policy_logprobs(ref_logits, part, sampling)}
         if old_logprobs == SAMPLER:
             found |= {"logprobs": part.logprobs, "entropy": -part.logprobs}
         else:
             logits = policy_logits(engine.actor, engine, part)
-            found["logprobs"] = token_logprobs(logits, part.response_ids, **sampling.scored)
-            found["entropy"] = entropy(logits, **sampling.scored)
+            found["logprobs"] = policy_logprobs(logits, part, sampling)
+            found["entropy"] = on_tokens(entropy(logits, **sampling.scored), part.response_mask)
         if kl_kind == "full":
-            found["kl"] = full_kl(logits, ref_logits, **sampling.scored)
+            found["kl"] = on_tokens(full_kl(logits, ref_logits, **sampling.scored), part.response_mask)
         else:
             found["kl"] = kl_penalty(found["logprobs"], found["ref_logprobs"], kl_kind)
         if engine.critic is not None:

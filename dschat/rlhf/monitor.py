@@ -16,7 +16,6 @@ from typing import Any
 from dschat.data.sources import load_evaluation
 from dschat.data.stages import tokenize_preferences
 from dschat.engine.distributed import Runtime, barrier, gather_objects
-from dschat.functional import token_logprobs
 from dschat.report.findings import Finding, policy_findings
 from dschat.report.metrics import MetricsWriter
 from dschat.report.monitor_file import write_alarms
@@ -26,7 +25,7 @@ from dschat.rlhf.answer_logprobs import gather_answers, score_answers
 from dschat.rlhf.answer_rows import AnswerRows
 from dschat.rlhf.collect import Collector, judge, roll_out
 from dschat.rlhf.evaluate import EVAL_SEED, HeldOut, evaluate_policy
-from dschat.rlhf.experience import Experience, policy_logits
+from dschat.rlhf.experience import Experience, policy_logits, policy_logprobs
 from dschat.rlhf.judges import Judge
 
 import numpy as np
@@ -185,7 +184,7 @@ def update_ratios(collector: Collector, experience: Experience) -> torch.Tensor:
     few = experience.rows(slice(0, collector.micro_batch_size))
     collector.engine.eval()
     logits = policy_logits(collector.engine.actor, collector.engine, few)
-    logprobs = token_logprobs(logits, few.response_ids, **collector.sampling.scored)
+    logprobs = policy_logprobs(logits, few, collector.sampling)
     return (logprobs - few.logprobs)[few.action_mask].exp().cpu()
 
 

@@ -15,11 +15,10 @@ from dschat.functional import (
     ppo_policy_loss,
     ppo_value_loss,
     sft_loss,
-    token_logprobs,
     token_mean,
 )
-from dschat.models.forward import model_inputs
-from dschat.rlhf.experience import Experience, parts_of, policy_logits, response_values, sizes_of
+from dschat.models.packed import on_tokens, token_logits
+from dschat.rlhf.experience import Experience, parts_of, policy_logits, policy_logprobs, response_values, sizes_of
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling
 
@@ -182,7 +181,7 @@ def policy_objective(
     """The share of a micro-batch in the loss of a minibatch of ``num_tokens`` actions, and in its statistics."""
     mask = batch.action_mask
     logits = policy_logits(engine.actor, engine, batch)
-    logprobs = token_logprobs(logits, batch.response_ids, **sampling.scored)
+    logprobs = policy_logprobs(logits, batch, sampling)
     loss, policy = ppo_policy_loss(
         logprobs,
         batch.logprobs,
@@ -201,16 +200,17 @@ def policy_objective(
     drift = torch.where(mask, logprobs.detach() - batch.logprobs, 0.0).abs().max()
     sums.maximum("policy/log_ratio_abs_max", drift)
     if spec.entropy_coef:
-        bonus = token_mean(entropy(logits, **sampling.scored), mask, denominator=num_tokens)
+        by_token = on_tokens(entropy(logits, **sampling.scored), batch.response_mask)
+        bonus = token_mean(by_token, mask, denominator=num_tokens)
         sums.add("policy/entropy_per_token", bonus)
         loss = loss - spec.entropy_coef * bonus
     if spec.kl_loss is not None:
         if spec.kl_loss == "full":
             with torch.no_grad():
                 ref_logits = policy_logits(engine.ref, engine, batch)
-            kl = full_kl(logits, ref_logits, **sampling.scored)
+            kl = on_tokens(full_kl(logits, ref_logits, **sampling.scored), batch.response_mask)
         else:
-            # Padding has a log-probability of about -1e38, whose penalty is infinite: 0 times it is not a number.
+            # Outside of the actions anything may stand, and 0 times an infinite penalty is not a number.
             kl = kl_penalty(torch.where(mask, logprobs, batch.ref_logprobs), batch.ref_logprobs, spec.kl_loss)
         penalty = token_mean(kl, mask, denominator=num_tokens)
         sums.add("policy/kl_loss", penalty)
@@ -220,9 +220,9 @@ def policy_objective(
 
 def demonstrations_loss(engine: RLHFEngine, batch: Batch, num_tokens: float) -> torch.Tensor:
     """The share of a micro-batch in the mean loss of the step's demonstrations, which have ``num_tokens``."""
-    inputs = model_inputs(engine.family, batch["input_ids"], batch["attention_mask"])
-    logits = engine.actor(**inputs, use_cache=False).logits
-    return sft_loss(logits, batch["input_ids"], batch["loss_mask"], denominator=num_tokens)[0]
+    ids, mask = batch["input_ids"], batch["loss_mask"]
+    logits = token_logits(engine.actor, engine.family, ids, batch["attention_mask"], mask)
+    return sft_loss(logits, ids[mask][None], denominator=num_tokens)[0]
 
 
 def count_tokens(demonstrations: list[Batch], runtime: Runtime) -> float:
@@ -276,8 +276,7 @@ def too_far(engine: RLHFEngine, minibatch: Experience, sampling: Sampling, spec:
     num_tokens = float(minibatch.action_mask.sum())
     sums = _Sums()
     for batch in micro_batches(minibatch, spec, runtime):
-        logits = policy_logits(engine.actor, engine, batch)
-        logprobs = token_logprobs(logits, batch.response_ids, **sampling.scored)
+        logprobs = policy_logprobs(policy_logits(engine.actor, engine, batch), batch, sampling)
         _, stats = ppo_policy_loss(logprobs, batch.logprobs, batch.advantages, batch.action_mask, spec.cliprange)
         sums.add("kl", stats["approx_kl"] * stats["num_tokens"] / num_tokens)
         sums.maximum("ratio", stats["ratio_max"])

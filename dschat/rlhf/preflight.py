@@ -9,6 +9,7 @@ from typing import Any
 from dschat.engine.distributed import gather_objects
 from dschat.errors import UserError
 from dschat.functional.logprobs import blocks, distribution
+from dschat.models.packed import on_tokens
 from dschat.report.preflight_figures import NUCLEUS, PLAUSIBLE, STOP, assemble, figures
 from dschat.report.preflight_text import preflight_text, write_preflight
 from dschat.rlhf.collect import Collector, judge, roll_out
@@ -77,7 +78,7 @@ def sample_space(collector: Collector, rows: Sequence[dict[str, Any]], num_sampl
 
 
 def next_tokens(collector: Collector, rollout: Rollout) -> dict[str, torch.Tensor]:
-    """(B, R) each, of the distribution that every token was drawn from; 0 or garbage after the end of an answer."""
+    """(B, R) each, of the distribution that every token was drawn from; 0 after the end of an answer."""
     collector.engine.eval()
     size = rollout.response_ids.shape
     names = ("entropy", "top", "sampled", "plausible", "nucleus")
@@ -85,9 +86,9 @@ def next_tokens(collector: Collector, rollout: Rollout) -> dict[str, torch.Tenso
     for rows in parts_of(sizes_of(rollout), range(size[0]), collector.micro_batch_size, 0):
         part = take_rows(rollout, rows)
         logits = policy_logits(collector.engine.actor, collector.engine, part)
-        found = describe(logits, part.response_ids, collector.sampling)
+        found = describe(logits, part.response_ids[part.response_mask][None], collector.sampling)
         for name, values in found.items():
-            columns[name][rows, : values.shape[1]] = values
+            columns[name][rows, : part.response_ids.shape[1]] = on_tokens(values, part.response_mask)
     return columns
 
 

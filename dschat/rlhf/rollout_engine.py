@@ -5,7 +5,8 @@ from typing import Any
 
 from dschat.functional import token_logprobs
 from dschat.models.attention import NAME
-from dschat.models.forward import attends_to_all, response_logits, takes_positions
+from dschat.models.forward import attends_to_all, takes_positions
+from dschat.models.packed import token_logits
 from dschat.rlhf.rollout import Rollout, Sampling, generate, row_uniforms
 from dschat.rlhf.slots import SlotDecoder
 
@@ -60,9 +61,11 @@ def create_decoder(
         both = torch.cat([rollout.input_ids, rollout.response_ids], 1)
         both_mask = torch.cat([rollout.attention_mask, rollout.response_mask], 1)
         with torch.no_grad():
-            logits = response_logits(model, model, both, both_mask, rollout.response_ids.shape[1])
-        logprobs = token_logprobs(logits, rollout.response_ids, **few.scored)
-        return (logprobs - rollout.logprobs)[rollout.response_mask].abs().max().item()
+            answers = both_mask.clone()
+            answers[:, : rollout.input_ids.shape[1]] = False
+            logits = token_logits(model, model, both, both_mask, answers)
+        logprobs = token_logprobs(logits, both[answers][None], **few.scored)
+        return (logprobs[0] - rollout.logprobs[rollout.response_mask]).abs().max().item()
 
     reason = why_not_slots(model) if name == SLOTS else ""
     if reason is None:

@@ -27,8 +27,8 @@ from dschat.errors import run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.functional import sft_loss
 from dschat.models.adapter_files import refuse_other_kind
-from dschat.models.forward import model_inputs
 from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.models.packed import token_logits
 from dschat.planning import plan_run
 from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
@@ -174,8 +174,9 @@ def train_step(
         losses = []
         for batch in memory.cut(batches, num_rows, take_rows):
             mask, weights = trained_tokens(batch, prompt_loss_weight)
-            logits = engine(**model_inputs(model, batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
-            loss, _ = sft_loss(logits, batch["input_ids"], mask, weights=weights, denominator=denominator)
+            logits = token_logits(engine, model, batch["input_ids"], batch["attention_mask"], mask)
+            tokens = {"token_ids": batch["input_ids"][mask][None], "weights": weights[mask][None]}
+            loss, _ = sft_loss(logits, **tokens, denominator=denominator)
             backward(engine, loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
@@ -201,8 +202,9 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, batches,
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for batch in batches:
-        logits = engine(**model_inputs(model, batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
-        _, stats = sft_loss(logits, batch["input_ids"], batch["loss_mask"])
+        mask = batch["loss_mask"]
+        logits = token_logits(engine, model, batch["input_ids"], batch["attention_mask"], mask)
+        _, stats = sft_loss(logits, batch["input_ids"][mask][None])
         total += torch.stack([stats["loss_sum"], stats["num_tokens"]])
     loss_sum, num_tokens = all_reduce_sum(total, runtime).tolist()
     loss = loss_sum / num_tokens

@@ -1,0 +1,112 @@
+"""Rows of different lengths laid end to end: a model computes real tokens only, and a prompt that rows share once.
+
+Everything but attention works on single tokens, so a batch can be one row of all its tokens. Attention puts them back
+into rows, padded on the right, where being causal is all the masking that they need (`dschat.models.attention`). It
+knows them by a mask of whole numbers, which Hugging Face's models hand through as they hand through any 4D mask.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dschat.models.attention import NAME, Rows
+from dschat.models.forward import attends_to_all, model_inputs, takes_positions
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The N tokens that a batch of (B, T) ids and their mask come to."""
+
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N)
+    rows: Rows
+    columns: Tensor  # (B, T) int64: where in N the token is; 0 at padding
+
+    def run(self, model: nn.Module, family: PreTrainedModel, **options: Any) -> Any:
+        """What ``model`` (a module, or the engine around it) gives for the tokens. ``family``: the model inside.
+
+        Raises:
+            RuntimeError: a layer did not hand the rows to its attention, so that each token saw those of all rows.
+        """
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        output = model(**inputs, attention_mask=self.rows.as_mask(), **options)
+        if self.rows.num_uses < family.config.get_text_config().num_hidden_layers:
+            raise RuntimeError(f"{type(family).__name__} does not take packed rows")
+        return output
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """(1, N) -> (B, T): what was found for each token; at padding it means nothing."""
+        return values[0][self.columns]
+
+
+def can_pack(family: PreTrainedModel) -> bool:
+    """Whether positions and masks may be given freely: not with BLOOM's ALiBi, nor with sliding windows, nor to code
+    from the hub, which may do anything with them."""
+    is_known = type(family).__module__.startswith("transformers.") and family.config._attn_implementation == NAME
+    return is_known and takes_positions(family) and attends_to_all(family)
+
+
+def token_logits(
+    model: nn.Module,
+    family: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    wanted: Tensor,
+    num_shared: Tensor | None = None,
+) -> Tensor:
+    """(1, M, V): the logits that predict the M tokens where ``wanted`` is True, row by row. Only these positions go
+    through the vocabulary projection.
+
+    Args:
+        model: the module or its engine; ``family``: the Hugging Face model inside.
+        input_ids, attention_mask: (B, T), padding anywhere.
+        wanted: (B, T) bool; nothing predicts the first token of a row.
+        num_shared: see `pack`.
+    """
+    wanted = wanted[:, 1:]
+    if can_pack(family):
+        packed = pack(input_ids, attention_mask, num_shared)
+        before = packed.columns[:, :-1][wanted]
+        return packed.run(model, family, logits_to_keep=before).logits
+    inputs = model_inputs(family, input_ids, attention_mask)
+    ends = wanted.any(0).nonzero()
+    size = wanted.shape[1] + 1 - (int(ends[0]) if len(ends) else 0)
+    return model(**inputs, use_cache=False, logits_to_keep=size).logits[:, :-1][wanted[:, 1 - size :]][None]
+
+
+def on_tokens(values: Tensor, wanted: Tensor) -> Tensor:
+    """What was found for each of M ``wanted`` tokens, (1, M), at their places: (B, T), 0 elsewhere."""
+    return values.new_zeros(wanted.shape).masked_scatter(wanted, values)
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor, num_shared: Tensor | None = None) -> Packed:
+    """
+    Args:
+        input_ids, attention_mask: (B, T), bool, padding anywhere.
+        num_shared: (B / 2,) tokens that a row of the second half has in common with its row of the first, from the
+            start on; they are computed once.
+    """
+    mask = attention_mask.bool()
+    num_rows, lengths = len(mask), mask.sum(1)
+    size = int(lengths.max())
+    shared = torch.zeros_like(lengths)
+    if num_shared is not None:
+        shared[num_rows // 2 :] = num_shared
+    own = lengths - shared
+    starts = (own.cumsum(0) - own)[:, None]
+    places = torch.arange(size, device=mask.device)[None]  # of a token in its row
+    is_own, is_shared = (places >= shared[:, None]) & (places < lengths[:, None]), places < shared[:, None]
+    others = starts.roll(num_rows // 2, 0)  # of the row that it shares them with
+    columns = torch.where(is_shared, others + places, (starts + places - shared[:, None]) * is_own)
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]  # in each row: its tokens, then padding
+    own_places, shared_places = (which.flatten().nonzero().squeeze(1) for which in (is_own, is_shared))
+    rows = Rows(columns, own_places, shared_places, columns.flatten()[shared_places])
+    return Packed(
+        input_ids.gather(1, order).flatten()[own_places][None],
+        places.expand(num_rows, -1).flatten()[own_places][None],
+        rows,
+        torch.zeros_like(input_ids).scatter(1, order, columns),
+    )

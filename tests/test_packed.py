@@ -1,0 +1,214 @@
+"""Rows laid end to end: the numbers and gradients of padded rows, from real tokens alone."""
+
+from dschat.data.collate_answers import collate_pairs
+from dschat.functional import token_logprobs
+from dschat.models.attention import use_fast_attention
+from dschat.models.forward import model_inputs
+from dschat.models.load import disable_dropout
+from dschat.models.packed import can_pack, on_tokens, pack, token_logits
+from dschat.models.scorer import Scorer
+from dschat.rlhf.answer_logprobs import score_answers
+from tests.families import FAMILIES, tiny_config, tiny_model
+
+import pytest
+import torch
+import transformers
+
+PACKED = [family for family in FAMILIES if family != "bloom"]
+PROMPTS, CHOSEN, REJECTED = (9, 4, 7, 1), (3, 8, 1, 5), (6, 2, 4, 1)
+
+
+def fast(model):
+    use_fast_attention(model)
+    return model
+
+
+def ragged(tokenizer, gaps: bool = False):
+    """ids, mask, wanted of rows of 7, 12, 1 and 10 tokens, padded on either side or, with ``gaps``, anywhere."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, len(tokenizer), (4, 12), generator=generator)
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[0, :5] = mask[2, 1:] = mask[3, 0] = mask[3, 11] = False
+    if gaps:
+        mask[1, 4:6] = mask[3, 5] = False
+    wanted = mask & (torch.rand(4, 12, generator=generator) < 0.6)
+    first = mask.int().argmax(1)
+    wanted[torch.arange(4), first] = False  # nothing predicts the first token
+    return ids, mask, wanted
+
+
+def plain_logits(model, ids, mask, wanted):
+    """Of a model in Hugging Face's own attention, on padded rows."""
+    return model(**model_inputs(model, ids, mask)).logits[:, :-1][wanted[:, 1:]]
+
+
+def count_tokens(model):
+    """The numbers of tokens that each forward of the model gets."""
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _, args, options: sizes.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    return sizes
+
+
+def gradients(model, loss) -> list[torch.Tensor]:
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def assert_gradients_equal(found, expected) -> None:
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 + 1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_padded_rows(tokenizer, family, checkpointing):
+    ids, mask, wanted = ragged(tokenizer)
+    plain, packed = tiny_model(family, tokenizer), fast(tiny_model(family, tokenizer))
+    if checkpointing:
+        disable_dropout(packed)
+        packed.train().gradient_checkpointing_enable({"use_reentrant": False})
+    sizes = count_tokens(packed)
+    expected = plain_logits(plain, ids, mask, wanted)
+    found = token_logits(packed, packed, ids, mask, wanted)
+    assert sizes == [mask.numel() if family == "bloom" else mask.sum()]
+    torch.testing.assert_close(found, expected[None], rtol=1e-4, atol=1e-4)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
+    assert_gradients_equal(gradients(packed, (found[0] * weights).sum()), gradients(plain, (expected * weights).sum()))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_in_bf16_rounding_is_all_that_differs(tokenizer, family):
+    ids, mask, wanted = ragged(tokenizer)
+    exact = plain_logits(tiny_model(family, tokenizer, scale=2.0), ids, mask, wanted)
+    model = tiny_model(family, tokenizer, scale=2.0).bfloat16()
+    padded = plain_logits(model, ids, mask, wanted).float()
+    packed = token_logits(fast(model), model, ids, mask, wanted)[0].float()
+    assert (packed - exact).norm() < 1.5 * (padded - exact).norm() < 0.1 * exact.norm()
+
+
+def test_padding_in_the_middle_of_a_row_is_left_out_too(tokenizer):
+    ids, mask, _ = ragged(tokenizer, gaps=True)
+    model = fast(tiny_model("llama", tokenizer))
+    values = on_tokens(torch.arange(1.0, int(mask.sum()) + 1)[None], mask)
+    packed = pack(ids, mask)
+    assert packed.input_ids[0].tolist() == ids[mask].tolist()
+    torch.testing.assert_close(packed.at_tokens(values[mask][None])[mask], values[mask])
+    squeezed = torch.cat([ids[1, mask[1]], ids.new_zeros(2)])[None]
+    alone = model(**model_inputs(model, squeezed, torch.arange(12)[None] < 10)).logits[0, :10]
+    together = packed.run(model, model).logits[0, packed.columns[1][mask[1]]]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_do_not_see_each_other_nor_what_is_at_padding(tokenizer):
+    ids, mask, _ = ragged(tokenizer)
+    model = fast(tiny_model("llama", tokenizer))
+    wanted = mask & (torch.arange(4) == 3)[:, None] & (mask.cumsum(1) > 1)
+    before = token_logits(model, model, ids, mask, wanted)
+    changed = torch.where(mask & wanted.any(1, keepdim=True), ids, 7)
+    assert not torch.equal(changed, ids)
+    assert torch.equal(token_logits(model, model, changed, mask, wanted), before)
+
+
+def test_nothing_wanted_is_a_gradient_of_zero(tokenizer):
+    ids, mask, _ = ragged(tokenizer)
+    for family in ("llama", "bloom"):
+        model = fast(tiny_model(family, tokenizer))
+        logits = token_logits(model, model, ids, mask, torch.zeros_like(mask))
+        assert logits.shape == (1, 0, len(tokenizer))
+        loss = token_logprobs(logits, ids[:0].view(1, 0)).sum()
+        assert loss == 0 and all(not gradient.any() for gradient in gradients(model, loss))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_padded_rows(tokenizer, family):
+    ids, mask, _ = ragged(tokenizer)
+    config = tiny_config(family, tokenizer)
+    config.num_labels = 1
+    found = []
+    for attention in (lambda model: model, fast):
+        torch.manual_seed(0)
+        scorer = Scorer(attention(transformers.AutoModelForSequenceClassification.from_config(config)), 0.5, 2.0)
+        values = scorer.eval()(ids, mask)
+        assert values.shape == mask.shape
+        found.append((values[mask], gradients(scorer, (values * mask)[:, ::2].square().sum())))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+    assert_gradients_equal(found[1][1], found[0][1])
+
+
+# A prompt that two rows share
+
+
+@pytest.fixture
+def batch(tokenizer):
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(size):
+        return torch.randint(4, len(tokenizer), (size,), generator=generator).tolist()
+
+    rows = []
+    for prompt_len, chosen, rejected in zip(PROMPTS, CHOSEN, REJECTED, strict=True):
+        prompt = ids(prompt_len)
+        rows.append(
+            {"chosen_ids": prompt + ids(chosen), "rejected_ids": prompt + ids(rejected), "prompt_len": prompt_len}
+        )
+    return collate_pairs(rows, 3, tokenizer.pad_token_id)  # the last one only fills up
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_a_prompt_of_two_answers_is_computed_once(tokenizer, batch, family):
+    found = []
+    for attention in (lambda model: model, fast):
+        model = attention(tiny_model(family, tokenizer))
+        sizes = count_tokens(model)
+        rows = score_answers(model, model, batch)
+        weights = torch.tensor([[1.0, -0.5], [0.3, 2.0], [-1.0, 0.7]])
+        found.append((rows.real().logps.detach(), gradients(model, (rows.real().logps * weights).sum()), sizes))
+    (plain, plain_gradients, plain_sizes), (shared, shared_gradients, shared_sizes) = found
+    real = sum(PROMPTS[:3]) + sum(CHOSEN[:3]) + sum(REJECTED[:3])
+    filler = PROMPTS[3] + CHOSEN[3]  # of two answers without a mask nobody knows where they part
+    assert plain_sizes == [2 * 4 * 15] and shared_sizes == [real + filler]
+    torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-5)
+    assert_gradients_equal(shared_gradients, plain_gradients)
+
+
+def test_answers_to_one_prompt_do_not_see_each_other(tokenizer, batch):
+    model = fast(tiny_model("llama", tokenizer))
+    before = score_answers(model, model, batch).logps
+    for changed, same in ((0, 1), (1, 0)):
+        ids = batch["input_ids"].clone()
+        width, size = ids.shape[1], batch["response_mask"].shape[1]
+        half = slice(4 * changed, 4 * changed + 3)
+        ids[half, width - size :] = ids[half, width - size :].where(~batch["response_mask"][half], 7)
+        after = score_answers(model, model, batch | {"input_ids": ids}).logps
+        assert torch.equal(after[:3, same], before[:3, same])
+        assert not torch.equal(after[:3, changed], before[:3, changed])
+
+
+# Who is packed
+
+
+def test_what_would_not_be_exact_is_padded(tokenizer):
+    assert can_pack(fast(tiny_model("llama", tokenizer)))
+    assert not can_pack(fast(tiny_model("bloom", tokenizer)))
+    assert not can_pack(tiny_model("llama", tokenizer))  # its attention may not take any mask
+    sliding = tiny_config("mistral", tokenizer)
+    sliding.sliding_window = 4
+    assert not can_pack(fast(transformers.AutoModelForCausalLM.from_config(sliding)))
+
+    class FromTheHub(transformers.LlamaForCausalLM):
+        pass
+
+    assert not can_pack(fast(FromTheHub(tiny_config("llama", tokenizer))))
+
+
+def test_a_layer_that_keeps_the_rows_from_its_attention_is_found_out(tokenizer):
+    ids, mask, wanted = ragged(tokenizer)
+    model = fast(tiny_model("llama", tokenizer))
+    model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda _, args, options: (args, options | {"attention_mask": None}), with_kwargs=True
+    )
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM does not take packed rows"):
+        token_logits(model, model, ids, mask, wanted)
