@@ -77,7 +77,7 @@ def quiet_libraries() -> None:
 
 
 def open_chatbots(config: Config) -> "dict[str, Chatbot]":
-    from dschat.rlhf.rollout import Sampling
+    from dschat.rlhf.specs import Sampling
     from inference.chatbot import load_chatbot, short_names
 
     return {

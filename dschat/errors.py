@@ -26,12 +26,19 @@ class Stopped(Exception):
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 2 for a `UserError` (one line on stderr), 128 + signal for `Stopped`, 1 for
     everything else.
+    """
+    run_part(main)
+    _leave(0)
+
+
+def run_part(part: Callable[[], object]) -> None:
+    """Run a part of a program, which goes on where the part succeeds and else exits as `run_program` says.
 
     When $DSCHAT_ERROR_FILE is set (e2e_rlhf.py does), the first process to fail also writes its error there, so that
     the cause can be shown last, after whatever a launcher prints.
     """
     try:
-        main()
+        part()
     except UserError as error:
         _record(f"error: {error}")
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -51,7 +58,6 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _record(text)
         print(text, file=sys.stderr, flush=True)
         _leave(1)
-    _leave(0)
 
 
 def end_process(message: str) -> NoReturn:
