@@ -27,7 +27,11 @@ class Stopped(Exception):
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 2 for a `UserError` (one line on stderr), 128 + signal for `Stopped`, 1 for
     everything else.
+
+    What has been imported by now stays to the end: the collector of cycles need not look through it again and again,
+    nor when the interpreter ends, which with torch and transformers takes a second.
     """
+    gc.freeze()
     run_part(main)
     _leave(0)
 
@@ -70,17 +74,12 @@ def end_process(message: str) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """Exit. One of several ranks leaves out the end of the interpreter, after everything registered for it: a thread
-    of gloo that lets go of its last tensor meanwhile would abort the process (at ZeRO 3 on a CPU one in eight).
-
-    There the interpreter also looks, several times, for cycles among all the objects of torch and transformers, for a
-    second in all; frozen ones are passed over.
-    """
+    of gloo that lets go of its last tensor meanwhile would abort the process (at ZeRO 3 on a CPU one in eight)."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    gc.freeze()
     sys.exit(code)
 
 

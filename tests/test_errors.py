@@ -10,16 +10,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import atexit
+import gc
 from dschat.errors import UserError, run_program
 
 class Last:
+    def __init__(self):
+        self.itself = self
+
     def __del__(self):
         print("finalized")
 
-last = Last()
 atexit.register(lambda: print("left"))
 
 def main():
+    gc.set_threshold(0)  # what is found is found at the end
+    Last()
     print("worked", end=" ")  # without a newline it stays in the buffer
     if {fails}:
         raise {fails}
