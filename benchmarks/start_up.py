@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from dschat.errors import UserError, run_program
 
@@ -51,6 +52,11 @@ def cost(process: subprocess.Popen, begin: float, seconds: float | None = None) 
     return took, usage.ru_utime + usage.ru_stime
 
 
+def last_words(said: IO[bytes]) -> str:
+    said.seek(0)
+    return " ".join(said.read().decode().split())[-300:]
+
+
 def whole(root: Path, arguments: list[str], text: str = "") -> Cost:
     """Of a command, from its start to its end."""
     begin = time.perf_counter()
@@ -59,9 +65,8 @@ def whole(root: Path, arguments: list[str], text: str = "") -> Cost:
         process.stdin.write(text.encode())
         process.stdin.close()
         found = cost(process, begin)
-        said.seek(0)
         if process.returncode:
-            raise UserError(f"{' '.join(arguments)} failed: {said.read().decode()[-300:]}")
+            raise UserError(f"{' '.join(arguments)} failed: {last_words(said)}")
     return found
 
 
@@ -91,8 +96,7 @@ def first_step(root: Path, arguments: list[str], folder: Path) -> Cost:
         lines = folder / "metrics.jsonl"
         while not (lines.is_file() and '"lr"' in lines.read_text(encoding="utf-8")):
             if process.poll() is not None or time.perf_counter() - begin > TIMEOUT_S:
-                said.seek(0)
-                raise UserError(f"{' '.join(arguments)} made no step: {said.read().decode()[-300:]}")
+                raise UserError(f"{' '.join(arguments)} made no step: {last_words(said)}")
             time.sleep(0.01)
         seconds = time.perf_counter() - begin
         process.kill()
