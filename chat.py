@@ -10,6 +10,7 @@ Several models answer side by side. In a pipe every line is a message or a comma
 /help lists the commands. docs/chat.md has the rest.
 """
 
+import gc
 import os
 import sys
 import warnings
@@ -77,10 +78,10 @@ def quiet_libraries() -> None:
 
 
 def open_chatbots(config: Config) -> "dict[str, Chatbot]":
-    from dschat.rlhf.rollout import Sampling
+    from dschat.rlhf.specs import Sampling
     from inference.chatbot import load_chatbot, short_names
 
-    return {
+    bots = {
         name: load_chatbot(
             path,
             Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p),
@@ -93,6 +94,8 @@ def open_chatbots(config: Config) -> "dict[str, Chatbot]":
         )
         for name, path in zip(short_names(config.path), config.path, strict=True)
     }
+    gc.freeze()  # as `run_program` does, before the libraries were there
+    return bots
 
 
 def open_scorer(config: Config) -> "AnswerScorer | None":

@@ -15,7 +15,8 @@ import statistics
 
 from dschat.errors import UserError, run_program
 from dschat.rlhf.experience import FORWARD, SAMPLER
-from dschat.rlhf.rollout_engine import ROLLOUT_ENGINES, SLOTS
+from dschat.rlhf.rollout_engine import SLOTS
+from dschat.rlhf.specs import ROLLOUT_ENGINES
 
 import torch
 from harness import add_turn_flags, median, parser, phase_header, phase_row, ratios, report, start

@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -28,11 +29,22 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     """Run ``main`` and exit: 0 done, 2 for a `UserError` or a full disk (one line on stderr), 128 + signal for
     `Stopped`, 1 for everything else.
 
+    What has been imported by now stays to the end: the collector of cycles need not look through it again and again,
+    nor when the interpreter ends, which with torch and transformers takes a second.
+    """
+    gc.freeze()
+    run_part(main)
+    _leave(0)
+
+
+def run_part(part: Callable[[], object]) -> None:
+    """Run a part of a program, which goes on where the part succeeds and else exits as `run_program` says.
+
     When $DSCHAT_ERROR_FILE is set (e2e_rlhf.py does), the first process to fail also writes its error there, so that
     the cause can be shown last, after whatever a launcher prints.
     """
     try:
-        main()
+        part()
     except UserError as error:
         _leave_with_line(str(error))
     except Stopped as stop:
@@ -52,7 +64,6 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _record(text)
         print(text, file=sys.stderr, flush=True)
         _leave(1)
-    _leave(0)
 
 
 def end_process(message: str) -> NoReturn:

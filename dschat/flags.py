@@ -4,18 +4,18 @@ import dataclasses
 import os
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dschat.config import DTYPES, flag, require_not_negative, require_positive, to_dict
-from dschat.data.prepare import DataSpec
-from dschat.engine.deepspeed_engine import TrainSpec
+from dschat.data.specs import DataSpec
 from dschat.engine.run_identity import RunIdentity, content_key
-from dschat.engine.run_state import CheckpointSpec
+from dschat.engine.specs import CheckpointSpec, TrainSpec
 from dschat.engine.workload import SCORER, Changes, ModelUse, PassUse, PlanRequest, Workload
 from dschat.errors import UserError
 from dschat.flag_checks import check_lora, check_offload, check_quantized
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 TRUST_HELP = "run the Python code that a model or tokenizer brings along, with your rights"
 
@@ -120,7 +120,7 @@ class RunFlags(metaclass=ABCMeta):
         rows_per_step = next(iter(self.step_sizes(num_ranks).values()))
         return self.max_steps or self.num_train_epochs * -(-num_rows // rows_per_step)
 
-    def identity(self, data: dict[str, Any], dtype: torch.dtype, num_ranks: int) -> RunIdentity:
+    def identity(self, data: dict[str, Any], dtype: "torch.dtype", num_ranks: int) -> RunIdentity:
         """What this run is, to tell whether a checkpoint or a finished model is of the same one.
 
         Args:
@@ -242,7 +242,7 @@ class SupervisedFlags(RunFlags, DataFlags, LoraModeFlags):
         return {"rows of an optimizer step, of all ranks,": per_rank * num_ranks}
 
     def lora_shape(self) -> tuple[int, int | None, str, bool]:
-        """What `dschat.models.lora.LoraSpec` is made of."""
+        """What `dschat.models.specs.LoraSpec` is made of."""
         return self.lora_dim, self.lora_alpha, self.lora_module_name, self.only_optimize_lora
 
     def supervised_workload(self, title: str, kind: str, num_sequences: int = 1, response_size: int = 0) -> Workload:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dschat.data.records import Message, RecordError, to_example
 from dschat.errors import UserError
-from dschat.rlhf.rollout import Sampling
+from dschat.rlhf.specs import Sampling
 from inference.chatbot import Chatbot
 from inference.gate import ApiError
 from inference.limits import check_temperature, check_top_k, check_top_p

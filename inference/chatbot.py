@@ -14,7 +14,8 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
 from dschat.models.adapter_files import ADAPTER_CONFIG, adapter_base
 from dschat.models.load import load_causal_lm, max_positions, resolve_dtype
-from dschat.rlhf.rollout import Sampling, banned_token_ids, row_uniforms
+from dschat.rlhf.rollout import banned_token_ids, row_uniforms
+from dschat.rlhf.specs import Sampling
 from inference.decoder import Decoder, Emit, Ticket, TooManyWaiting
 from inference.lanes import Request, open_lanes
 from inference.replies import Reply

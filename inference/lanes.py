@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from dschat.functional import token_logprobs
 from dschat.models.precision import tolerance
-from dschat.rlhf.rollout import Sampling, decode, draw
+from dschat.rlhf.rollout import decode, draw
 from dschat.rlhf.rollout_engine import why_not_slots
 from dschat.rlhf.slots import SlotDecoder, forward_step, weights_of
+from dschat.rlhf.specs import Sampling
 
 import torch
 from torch import Tensor

@@ -10,7 +10,7 @@ from typing import Protocol
 from dschat.data.records import Message, RecordError, to_example
 from dschat.data.votes import TIE, Candidate, append_vote, vote_record
 from dschat.errors import UserError
-from dschat.rlhf.rollout import Sampling
+from dschat.rlhf.specs import Sampling
 from inference.chatbot import Chatbot
 from inference.limits import check_temperature
 from inference.replies import Reply

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from dschat.rlhf.rollout import Sampling
+from dschat.rlhf.specs import Sampling
 from inference.chatbot import Chatbot
 from inference.decoder import Ticket, TooManyWaiting
 from inference.gate import ApiError

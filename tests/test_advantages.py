@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import math
 
-from dschat.rlhf.experience import ESTIMATORS, Experience, add_advantages
+from dschat.rlhf.experience import Experience, add_advantages
+from dschat.rlhf.specs import ESTIMATORS
 from tests.ppo_parts import PER_ACTION, made_up, shaping
 
 import pytest

@@ -17,6 +17,7 @@ from dschat.rlhf.answers import AnswerSpec, beam_answers, best_of, num_tokens, p
 from dschat.rlhf.judges import check_judge, create_judge, judge_spec
 from dschat.rlhf.rewards import Samples
 from dschat.rlhf.rollout import Sampling, banned_token_ids, draw, row_uniforms
+from dschat.rlhf.specs import DECODINGS
 from tests.conftest import SENTENCES
 from tests.dialogues import user
 from tests.families import tiny_config, tiny_model
@@ -216,7 +217,7 @@ def test_no_prompts_give_no_answers(tokenizer, llama):
 
 def test_each_decoding_is_what_it_is_called(tokenizer, llama, rows):
     spec = AnswerSpec(few(tokenizer, llama), num_beams=2, best_of_n=3, seed=5, batch_size=6)
-    made = {decoding: answers.answer(llama, tokenizer, rows, decoding, spec) for decoding in answers.DECODINGS}
+    made = {decoding: answers.answer(llama, tokenizer, rows, decoding, spec) for decoding in DECODINGS}
     greedy = Sampling(STEPS, 0.0, banned_ids=spec.sampling.banned_ids)
     assert made["greedy"] == sample_answers(llama, tokenizer, rows, greedy, 5)
     assert made["sample"] == sample_answers(llama, tokenizer, rows, spec.sampling, 5)

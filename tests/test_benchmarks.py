@@ -7,9 +7,11 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+from dschat.config import parse_config
 from dschat.data.records import to_example
 from dschat.errors import UserError
 from dschat.rlhf.rollout import Sampling, generate, row_uniforms
+from tests import programs
 from tests.conftest import ROOT
 
 import datasets
@@ -25,6 +27,7 @@ import harness  # noqa: E402
 import machine  # noqa: E402
 import rollout  # noqa: E402
 import shapes  # noqa: E402
+import start_up  # noqa: E402
 import step3  # noqa: E402
 import supervised  # noqa: E402
 import turns  # noqa: E402
@@ -338,6 +341,20 @@ def test_the_programs_are_measured_as_they_are(stage, tmp_path, monkeypatch):
         assert train > 0 and reference > 0 and both == pytest.approx(train + reference, abs=0.11)
         assert reference == pytest.approx(4 * 1000 * facts["reference_s_per_row"], abs=0.06)
         assert facts["data"][0] * facts["reference_s_per_row"] < found["first"]["dschat"][0]["seconds"]
+
+
+@pytest.mark.parametrize("stage", start_up.STEPS)
+def test_the_start_up_is_that_of_the_programs(stage, tmp_path):
+    path, *flags = start_up.stage_arguments(stage, tmp_path, 5)
+    program = programs.load(path.removeprefix("training/"))
+    assert parse_config(program.Config, [*flags, "--output_dir", str(tmp_path)]).max_steps == 5
+
+
+def test_the_cost_of_a_command_is_counted(tmp_path):
+    seconds, cpu = start_up.whole(ROOT, ["-c", "import time; time.sleep(0.3)"])
+    assert seconds >= 0.3 and 0 < cpu < seconds + 0.3
+    with pytest.raises(UserError, match="failed: .*ValueError"):
+        start_up.whole(ROOT, ["-c", "raise ValueError"])
 
 
 @pytest.mark.long

@@ -11,8 +11,9 @@ from pathlib import Path
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
-from dschat.rlhf.preference_objective import CONSTANTS, Objective, probability_above
+from dschat.rlhf.preference_objective import Objective, probability_above
 from dschat.rlhf.reference_logprobs import reference_logprobs
+from dschat.rlhf.specs import CONSTANTS
 from tests.conftest import ROOT
 from tests.dpo_oracle import AWAY, kto_losses, mean_loss, pair_loss
 from tests.dpo_parts import MAX_LEN, PlainEngine, answer_rows, lines

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+from dschat.engine.deepspeed_config import engine_config
 from dschat.engine.deepspeed_engine import (
     TrainSpec,
     backward,
@@ -21,7 +22,9 @@ from dschat.engine.deepspeed_engine import (
     whole_model,
 )
 from dschat.engine.distributed import init_runtime
+from dschat.engine.optimizer import create_optimizer, create_scheduler
 from dschat.errors import UserError
+from dschat.flags import SCHEDULES
 from dschat.models.load import resolve_dtype
 from dschat.models.scorer import Scorer
 from tests.conftest import ROOT
@@ -172,9 +175,6 @@ def test_updates_in_bfloat16_have_their_full_size_from_the_first_one_on(stage, r
 def test_deepspeed_itself_shrinks_the_first_update_in_bfloat16_at_stage_0(runtime):
     """Why `create_train_engine` makes it stage 1; proves that the test above can fail. Once DeepSpeed has mended it,
     this test and the detour can go."""
-    from dschat.engine.deepspeed_engine import engine_config
-    from dschat.engine.optimizer import create_optimizer, create_scheduler
-
     model = Small().bfloat16()
     reference = copy.deepcopy(model)
     optimizer = create_optimizer(model, 0.1, 0.0, lora_learning_rate=0.1)
@@ -327,6 +327,31 @@ def test_save_weights_hands_over_the_whole_model(stage, tokenizer, runtime):
     save_weights(engine, lambda whole: saved.append({k: v.clone() for k, v in whole.state_dict().items()}), runtime)
     assert len(saved) == 1 and saved[0].keys() == expected.keys()
     assert all(saved[0][name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_those_of_transformers(name):
+    """Bit for bit, with warm-up and without, beyond the last step too, for parameters of another rate as well."""
+    for num_warmup_steps, num_steps in ((0, 7), (3, 7), (0, 1), (7, 8), (2, 500)):
+        rates = []
+        for make in ("ours", "theirs"):
+            groups = [
+                {"params": [nn.Parameter(torch.zeros(2))]},
+                {"params": [nn.Parameter(torch.zeros(2))], "lr": 5e-4},
+            ]
+            optimizer = torch.optim.AdamW(groups, lr=3e-5)
+            if make == "ours":
+                schedule = create_scheduler(optimizer, name, num_warmup_steps, num_steps)
+            else:
+                given = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_steps}
+                schedule = transformers.get_scheduler(name, optimizer, **given)
+            found = []
+            for _ in range(num_steps + 3):
+                found.append(schedule.get_last_lr())
+                optimizer.step()
+                schedule.step()
+            rates.append(found)
+        assert rates[0] == rates[1], (num_warmup_steps, num_steps)
 
 
 # --- start-up

@@ -10,16 +10,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import atexit
+import gc
 from dschat.errors import UserError, run_program
 
 class Last:
+    def __init__(self):
+        self.itself = self
+
     def __del__(self):
         print("finalized")
 
-last = Last()
 atexit.register(lambda: print("left"))
 
 def main():
+    gc.set_threshold(0)  # what is found is found at the end
+    Last()
     print("worked", end=" ")  # without a newline it stays in the buffer
     if {fails}:
         raise {fails}
@@ -39,3 +44,10 @@ def test_a_rank_leaves_out_the_end_of_the_interpreter_and_nothing_else(world_siz
     assert done.returncode == code
     assert done.stdout.split() == ["worked", "left"] + (["finalized"] if world_size == "1" else [])
     assert ("mend it" in done.stderr) == (code == 2)
+
+
+def test_after_a_part_that_succeeds_the_program_goes_on():
+    for part, code, said in (("lambda: 3", 0, "on"), ("lambda: int('x')", 1, "")):
+        program = [sys.executable, "-c", f"from dschat.errors import run_part\nrun_part({part})\nprint('on')"]
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (code, said)

@@ -16,13 +16,14 @@ from dschat.models.scorer import Scorer
 from dschat.report import explain_page
 from dschat.rlhf import explain
 from dschat.rlhf.collect import Collector
-from dschat.rlhf.experience import ESTIMATORS, KL_KINDS, Experience, Shaping, add_advantages, score_rollout
+from dschat.rlhf.experience import Experience, Shaping, add_advantages, score_rollout
 from dschat.rlhf.explain import explain_update
 from dschat.rlhf.explain_oracle import compare, kl_of, recompute
 from dschat.rlhf.ppo_trainer import UpdateSpec, train_rlhf
 from dschat.rlhf.rewards import CombinedReward
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Sampling, generate, row_uniforms
+from dschat.rlhf.specs import ESTIMATORS, KL_KINDS
 from tests.families import ragged_prompts, tiny_config, tiny_model
 
 import pytest

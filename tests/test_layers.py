@@ -1,6 +1,8 @@
 """Imports point one way (CONTRIBUTING.md)."""
 
 import ast
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,3 +104,51 @@ def test_only_the_engine_knows_deepspeed_and_torch_distributed():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("deepspeed", "torch.distributed")):
                 raise AssertionError(f"{path} imports from {node.module}")
         assert "torch.distributed" not in imports(path), path
+
+
+# What is loaded: the start of a program is the import of its libraries, which take seconds.
+
+LIBRARIES = {"torch", "transformers", "deepspeed", "datasets", "peft", "pandas", "accelerate"}
+FLAGS = ("dschat.flags", "dschat.rlhf.flags", "dschat.report.__main__")
+MAINS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "training").glob("step*/*.py"))]
+HELPS = ["chat.py", "e2e_rlhf.py", *MAINS, "dschat.report", "dschat.report.preflight", "dschat.models.create"]
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules in a process of its own after ``code``."""
+    script = f"import json, runpy, sys\n{code}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_flags_and_the_report_load_no_library():
+    assert not LIBRARIES & loaded_by(f"import {', '.join(FLAGS)}")
+
+
+@pytest.mark.parametrize("program", HELPS)
+def test_help_loads_no_library(program):
+    run = f"run_path({program!r}" if program.endswith(".py") else f"run_module({program!r}"
+    code = f"""
+sys.path.insert(0, "")
+sys.argv = [{program!r}, "--help"]
+try:
+    runpy.{run}, run_name="__main__")
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+else:
+    raise AssertionError("it went on")"""
+    assert not LIBRARIES & loaded_by(code)
+
+
+def test_the_chat_loads_what_it_decodes_with():
+    """accelerate is loaded by transformers' own models."""
+    found = loaded_by("import inference.chatbot, inference.session, inference.terminal")
+    assert "torch" in found and not found & (LIBRARIES - {"torch", "transformers", "accelerate"})
+
+
+def test_training_loads_no_adapters_before_they_are_asked_for():
+    """Nor the Trainer of transformers, which brings PEFT along."""
+    mains = [f"runpy.run_path({path!r}, run_name='program')" for path in MAINS]
+    found = loaded_by("\n".join(mains))
+    assert "deepspeed" in found and not found & {"peft", "bitsandbytes", "transformers.trainer_utils"}

@@ -15,7 +15,7 @@ from dschat.models.packed import token_logits
 from dschat.models.scorer import Scorer, last_token_values
 from dschat.models.trunk import shared_copy
 from dschat.rlhf.build import ModelsSpec, create_models
-from dschat.rlhf.rewards import RewardSpec
+from dschat.rlhf.reward_specs import RewardSpec
 from dschat.rlhf.rollout import Sampling, banned_token_ids
 from dschat.rlhf.rollout_engine import create_decoder
 from inference.chatbot import load_chatbot

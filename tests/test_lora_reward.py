@@ -13,6 +13,7 @@ from dschat.engine.distributed import init_runtime
 from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.models import adapters, lora
+from dschat.models.adapted import trained_table
 from dschat.models.adapters import add_adapter_reward, load_merged_scorer
 from dschat.models.load import load_causal_lm, load_scorer, save_model
 from dschat.models.lora import save_adapter
@@ -277,7 +278,7 @@ def test_the_table_says_how_many_parameters_are_trained(tokenizer):
     """By hand: 2 blocks x (4 x 32 -> 96, 32 -> 32, 32 -> 128, 128 -> 32), rank 4, of a GPT-2 of width 32."""
     model = sequence_classifier("gpt2", tokenizer)
     trunk = sum(p.numel() for p in model.transformer.parameters())
-    text = lora.trained_table(create_lora_scorer(model, 4))
+    text = trained_table(create_lora_scorer(model, 4))
     num_adapters = 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
     numbers = {line.split("  ")[0].strip(): line.split()[-3:] for line in text.splitlines()[2:]}
     assert numbers["adapters"][:2] == [f"{num_adapters:,}"] * 2

@@ -10,7 +10,8 @@ from dschat.models.load import save_model
 from dschat.models.scorer import last_token_values, load_score_stats, save_score_stats
 from dschat.rlhf.build import ModelsSpec, create_models
 from dschat.rlhf.experience import response_values, score_rollout, sequences
-from dschat.rlhf.rewards import Samples, parse_reward
+from dschat.rlhf.reward_specs import parse_reward
+from dschat.rlhf.rewards import Samples
 from dschat.rlhf.rollout import Rollout, tokens_of
 from tests.families import tiny_model
 from tests.ppo_parts import FP32, RATE, SCORES, SIZES, rollout_of, sampling_for, tiny_scorer

@@ -12,16 +12,8 @@ from dschat.engine.distributed import init_runtime
 from dschat.errors import UserError
 from dschat.models.scorer import Scorer, score_token_ids
 from dschat.rlhf.reward_sources import FullReward, FunctionReward, encode_response, same_encoding, span_mask
-from dschat.rlhf.rewards import (
-    CombinedReward,
-    Judged,
-    RewardSpec,
-    Samples,
-    Scores,
-    parse_reward,
-    reward_metrics,
-    write_repro,
-)
+from dschat.rlhf.reward_specs import RewardSpec, parse_reward
+from dschat.rlhf.rewards import CombinedReward, Judged, Samples, Scores, reward_metrics, write_repro
 from tests.conftest import SENTENCES
 from tests.families import tiny_config
 

@@ -9,8 +9,9 @@ from dschat.models.attention import use_fast_attention
 from dschat.models.forward import response_logits
 from dschat.rlhf.experience import sequences
 from dschat.rlhf.rollout import Rollout, Sampling, generate, row_uniforms
-from dschat.rlhf.rollout_engine import HF, SLOTS, create_decoder, why_not_slots
+from dschat.rlhf.rollout_engine import SLOTS, create_decoder, why_not_slots
 from dschat.rlhf.slots import SlotDecoder
+from dschat.rlhf.specs import HF
 from tests.families import FAMILIES, ragged_prompts, tiny_config, tiny_model
 from tests.ppo_parts import ends, few_tokens
 

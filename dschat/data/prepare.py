@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dschat.data.loader import MicroBatch, epoch_batches, split_by_tokens
 from dschat.data.sources import load_stage_data
+from dschat.data.specs import DataSpec
 from dschat.data.stages import (
     tokenize_feedback,
     tokenize_preferences,
@@ -25,21 +26,6 @@ KINDS = {
     "feedback": ("feedback", tokenize_feedback),
     "prompt": ("prompt", tokenize_prompts),
 }
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which data, how it is split, where its cache lies; see the flags of the same names."""
-
-    data_path: tuple[str, ...]
-    eval_data_path: tuple[str, ...]
-    data_split: str
-    eval_fraction: float
-    seed: int
-    cache_dir: str
-    skip_bad_records: bool
-    num_workers: int
-    max_eval_samples: int  # 0: all
 
 
 @dataclass

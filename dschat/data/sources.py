@@ -7,6 +7,7 @@ only then what the stage can use: so no stage trains on what another evaluates o
 from collections import Counter
 from collections.abc import Sequence
 
+from dschat.data.specs import parse_source
 from dschat.data.tables import OWN_STAGE, concatenated, for_stage, read_source, weighted
 from dschat.errors import UserError
 
@@ -14,20 +15,6 @@ import datasets
 import numpy as np
 
 STAGES = ("sft", "preference", "prompt")  # stage_index 0, 1, 2; --data_split has a share for each
-
-
-def parse_source(text: str) -> tuple[str, float]:
-    """ "path:0.5" -> ("path", 0.5); without a number the weight is 1."""
-    path, separator, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        return text, 1.0
-    if not separator:
-        return text, 1.0
-    if not path or not 0 < weight < float("inf"):
-        raise UserError(f"--data_path {text}: the weight after the colon must be above 0, as in data.jsonl:0.5")
-    return path, weight
 
 
 def load_examples(

@@ -10,7 +10,7 @@ Everything is drawn from fixed seeds: the same records in every run, on every pl
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from random import Random
 from typing import NamedTuple
@@ -243,10 +243,12 @@ def _mistakes(fact: Fact) -> tuple[str, ...]:
 def _statements_about(fact: Fact) -> frozenset[str]:
     """Every statement about the fact's subject that the judge understands, right or wrong, as `_plain` texts."""
     templates = KINDS[fact.kind].statements + OTHER_STATEMENTS
-    return _plain(_fill(template, fact.subject, answer) for template in templates for answer in _answers_of(fact.kind))
+    answers = _answers_of(fact.kind)
+    return _plain(tuple(_fill(template, fact.subject, answer) for template in templates for answer in answers))
 
 
-def _plain(phrases: Iterable[str]) -> frozenset[str]:
+@lru_cache
+def _plain(phrases: tuple[str, ...]) -> frozenset[str]:
     """The phrases as the judge compares them: in lower case, without the full stop."""
     return frozenset(_without_stop(_normalise(phrase)) for phrase in phrases)
 

@@ -4,7 +4,6 @@
 its name. What a checkpoint holds is not known here: see run_state.py.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dschat.engine.distributed import Runtime, gather_objects
+from dschat.engine.run_identity import file_sum
 
 SUMS = "SHA256SUMS"
 TEMPORARY = ".writing"
@@ -130,12 +130,6 @@ def remove_checkpoint(path: Path) -> None:
     """It stops being a checkpoint before its first file goes."""
     (path / SUMS).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def file_sum(path: Path) -> str:
-    """SHA-256 as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sums(folder: Path, runtime: Runtime, sync: bool = False) -> list[str]:

@@ -1,37 +1,20 @@
-"""DeepSpeed engines for trained and frozen models: the only file that knows DeepSpeed's configuration keys."""
+"""DeepSpeed engines for trained and frozen models; with deepspeed_config.py the only file that knows its keys."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+from dschat.engine.deepspeed_config import ENGINE_KEY, engine_config
 from dschat.engine.distributed import Runtime, barrier
 from dschat.engine.memory_plan import BUCKET, BUCKET_PADDING
 from dschat.engine.optimizer import create_optimizer, create_scheduler
+from dschat.engine.specs import TrainSpec
 
 import deepspeed
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-ENGINE_KEY = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """How a trained model is optimized."""
-
-    learning_rate: float
-    weight_decay: float
-    lr_scheduler_type: str
-    num_warmup_steps: int
-    num_steps: int
-    max_grad_norm: float  # 0: no clipping
-    zero_stage: int
-    gradient_checkpointing: bool = False
-    lora_learning_rate: float = 5e-4  # of the factors of adapters, where the model has any
-    offload: bool = False  # what ZeRO shards lives in the CPU's memory, and the optimizer's step is made there
 
 
 def create_train_engine(
@@ -176,26 +159,6 @@ def _build_like(source: nn.Module) -> nn.Module:
     if hasattr(source, "rebuild"):
         return source.rebuild()  # type: ignore[operator]
     return type(source)(source.config)
-
-
-def engine_config(zero_stage: int, dtype: torch.dtype, offload: bool = False) -> dict[str, Any]:
-    """DeepSpeed's. The batch keys are required and unused: the programs own their batches."""
-    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if offload and zero_stage == 3:
-        zero["offload_param"] = {"device": "cpu"}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on a CPU too, and needs no compiler
-        "steps_per_print": 2**31,
-    }
-    if dtype in ENGINE_KEY:
-        config[ENGINE_KEY[dtype]] = {"enabled": True}
-    return config
 
 
 def _clip_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:

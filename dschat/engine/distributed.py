@@ -66,8 +66,9 @@ def init_runtime(seed: int, stall_timeout: float = 0.0) -> Runtime:
             group = {"store": store, "rank": rank, "world_size": world_size}
             dist.init_process_group(backend, timeout=watchdog.NEVER, **group)
         atexit.register(_leave)
-        # DeepSpeed compiles (half a minute) a shared-memory all-reduce that only its inference kernels use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Of DeepSpeed's own operators none is used here. To find out which of them could be built it runs compilers,
+        # and one that only its inference kernels use, a shared-memory all-reduce, it would build: half a minute.
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(backend, auto_mpi_discovery=False)
     set_seed(seed)
     return Runtime(rank, world_size, device)

@@ -1,11 +1,9 @@
 """What makes two runs the same run."""
 
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
-
-from dschat.engine.checkpoint import file_sum
 
 # What models, adapters, tokenizers, templates and functions consist of; not the records of their making.
 CONTENT = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
@@ -29,6 +27,12 @@ def content_key(path: str) -> str:
         return path
     files = sorted(p for p in where.iterdir() if p.suffix in CONTENT and p.name not in RECORDS and p.is_file())
     return sha256("".join(f"{p.name} {file_sum(p)}\n" for p in files).encode()).hexdigest()
+
+
+def file_sum(path: Path) -> str:
+    """SHA-256 as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

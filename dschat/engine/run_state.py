@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
@@ -29,6 +28,7 @@ from dschat.engine.engine_state import engine_bytes, load_engine, save_engine
 from dschat.engine.output_lock import lock_output_dir
 from dschat.engine.random_state import random_state, set_random_state
 from dschat.engine.run_identity import RunIdentity, differences
+from dschat.engine.specs import CheckpointSpec
 from dschat.engine.stop_signals import StopSignals
 from dschat.errors import Stopped, UserError
 
@@ -50,16 +50,6 @@ class Part(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class CheckpointSpec:
-    """When and how many; see the flags of the same names."""
-
-    checkpoint_interval: int  # steps; 0: only on a signal
-    keep_checkpoints: int
-    resume: str  # auto or required
-    fresh: bool
 
 
 class RunState:

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dschat.engine.deepspeed_engine import engine_config
+from dschat.engine.deepspeed_config import engine_config
 
-import deepspeed
 import torch
 from transformers.integrations import deepspeed as hugging_face
 
@@ -42,5 +41,10 @@ def whole_weights(parameters: Iterable[Any], *, changed: bool = False) -> Iterat
     """Inside, these parameters are whole, on every rank, where they are shares of ZeRO 3; what rank 0 makes of them
     stays, if they are ``changed``. A collective."""
     shares = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(shares, modifier_rank=0 if changed else None, enabled=bool(shares)):
+    if not shares:
+        yield
+        return
+    import deepspeed  # loaded where there are shares; those who chat have none, and need not wait for it
+
+    with deepspeed.zero.GatheredParameters(shares, modifier_rank=0 if changed else None):
         yield

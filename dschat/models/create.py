@@ -9,18 +9,10 @@ directory is an ordinary Hugging Face one; give it to step 1 as --model_name_or_
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from dschat.config import flag, parse_config, require_positive, to_dict
-from dschat.data.sources import load_examples
-from dschat.data.tokenizer import train_tokenizer
-from dschat.engine.distributed import quiet_libraries
-from dschat.errors import UserError, run_program
-from dschat.models.load import POLICY, save_model
-from dschat.report.metrics import prepare_output_dir, write_run_json
-
-import datasets
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from dschat.errors import UserError, run_part, run_program
 
 
 @dataclass(kw_only=True)
@@ -41,6 +33,20 @@ class Config:
         require_positive(self, "max_position_embeddings")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError("--hidden_size must be an even multiple of --num_attention_heads")
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__))
+
+from dschat.data.sources import load_examples
+from dschat.data.tokenizer import train_tokenizer
+from dschat.engine.distributed import quiet_libraries
+from dschat.models.load import POLICY, save_model
+from dschat.report.metrics import prepare_output_dir, write_run_json
+
+import datasets
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def main(argv: list[str] | None = None) -> None:

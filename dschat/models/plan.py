@@ -29,8 +29,8 @@ from dschat.engine.workload import (
     Workload,
 )
 from dschat.functional.logprobs import DEVICE_BLOCK
+from dschat.models.adapted import adapted_layers
 from dschat.models.load import check_context, resolve_dtype
-from dschat.models.lora import LoraSpec, adapted_layers
 from dschat.models.memory_trace import (
     Moments,
     cache_bytes_per_token,
@@ -42,6 +42,7 @@ from dschat.models.memory_trace import (
     traced,
 )
 from dschat.models.shapes import build, find_shape, has_equal_layers, with_depth
+from dschat.models.specs import LoraSpec
 
 import torch
 

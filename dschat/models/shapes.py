@@ -11,7 +11,7 @@ from typing import Any
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
 from dschat.models.load import load_config, toy_config
-from dschat.models.lora import LoraSpec, add_lora
+from dschat.models.specs import LoraSpec
 
 import torch
 import transformers
@@ -93,6 +93,8 @@ def build(
         with torch.device("meta"):
             model = kind.from_config(config, dtype=dtype)
             if lora is not None:
+                from dschat.models.lora import add_lora  # PEFT takes a second to import
+
                 add_lora(model, lora)
     except ValueError as error:
         raise UserError(f"{config.model_type}: {' '.join(str(error).split())[:200]}") from None

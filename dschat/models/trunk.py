@@ -6,7 +6,7 @@ from typing import Any
 
 from dschat import remote_code
 from dschat.errors import UserError
-from dschat.models.lora import NAME, LoraSpec, add_lora, read_adapter, write_adapter
+from dschat.models.specs import LoraSpec
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ def critic_on_trunk(model: PreTrainedModel, adapter_dir: str | None, spec: LoraS
     Raises:
         UserError: an adapter of another model, or of other adapters than ``spec``.
     """
+    from dschat.models.lora import NAME, add_lora, read_adapter, write_adapter  # PEFT takes a second to import
+
     classifier = shared_classifier(model)
     if adapter_dir is None:
         add_lora(classifier, spec)

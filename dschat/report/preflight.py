@@ -10,32 +10,15 @@ the same with its own actor before it trains. A program, and the one file of thi
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dschat.config import flag, parse_config, require_positive
-from dschat.data.prepare import load_rows
-from dschat.data.sources import load_stage_data
-from dschat.data.stages import tokenize_prompts
-from dschat.engine.distributed import Runtime, quiet_libraries
-from dschat.errors import UserError, run_program
+from dschat.errors import UserError, run_part, run_program
 from dschat.flags import TRUST_HELP, DataFlags
-from dschat.models.load import check_context, resolve_dtype
-from dschat.report.metrics import prepare_output_dir
-from dschat.report.preflight_figures import assemble, figures
-from dschat.report.preflight_text import preflight_text, write_preflight
-from dschat.report.progress import Console
-from dschat.rlhf.collect import Collector
-from dschat.rlhf.judges import RewardJudge, check_judge, create_judge, judge_spec
-from dschat.rlhf.policies import Policy, open_policies, spread
-from dschat.rlhf.preflight import sample_space
-from dschat.rlhf.rewards import KINDS, CombinedReward
-from dschat.rlhf.rlhf_engine import RLHFEngine
-from dschat.rlhf.rollout import Sampling, banned_token_ids
-from dschat.rlhf.rollout_engine import SLOTS, create_decoder
-from dschat.rlhf.self_check import tolerance
-
-import torch
+from dschat.rlhf.reward_specs import KINDS, judge_spec
+from dschat.rlhf.specs import SLOTS, Sampling
 
 
 @dataclass(kw_only=True)
@@ -64,6 +47,31 @@ class Config(DataFlags):
             raise UserError(
                 f"--num_samples {self.num_samples}: expected 2 or more, to compare the answers to a prompt"
             )
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__))
+
+from dschat.data.prepare import load_rows
+from dschat.data.sources import load_stage_data
+from dschat.data.stages import tokenize_prompts
+from dschat.engine.distributed import Runtime, quiet_libraries
+from dschat.models.load import check_context, resolve_dtype
+from dschat.report.metrics import prepare_output_dir
+from dschat.report.preflight_figures import assemble, figures
+from dschat.report.preflight_text import preflight_text, write_preflight
+from dschat.report.progress import Console
+from dschat.rlhf.collect import Collector
+from dschat.rlhf.judges import RewardJudge, check_judge, create_judge
+from dschat.rlhf.policies import Policy, open_policies, spread
+from dschat.rlhf.preflight import sample_space
+from dschat.rlhf.rewards import CombinedReward
+from dschat.rlhf.rlhf_engine import RLHFEngine
+from dschat.rlhf.rollout import banned_token_ids
+from dschat.rlhf.rollout_engine import create_decoder
+from dschat.rlhf.self_check import tolerance
+
+import torch
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from dschat.data.loader import collate_prompts
@@ -12,27 +11,16 @@ from dschat.data.records import Message
 from dschat.data.templates import encode_prompt
 from dschat.models.precision import tolerance
 from dschat.rlhf.rewards import Samples
-from dschat.rlhf.rollout import Rollout, Sampling, banned_token_ids, generate, row_uniforms
-from dschat.rlhf.rollout_engine import SLOTS, create_decoder
+from dschat.rlhf.rollout import Rollout, banned_token_ids, generate, row_uniforms
+from dschat.rlhf.rollout_engine import create_decoder
 from dschat.rlhf.samples import describe_rollout
+from dschat.rlhf.specs import BEAM, BEST_OF_N, GREEDY, SLOTS, AnswerSpec, Sampling
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-GREEDY, SAMPLE, BEAM, BEST_OF_N = DECODINGS = ("greedy", "sample", "beam", "best_of_n")
 Rows = list[dict[str, Any]]
 Track = Callable[[Sequence[Rows]], Iterable[Rows]]  # shows how far the batches are
-
-
-@dataclass(frozen=True)
-class AnswerSpec:
-    """How answers are made; see the flags of the same names."""
-
-    sampling: Sampling
-    num_beams: int
-    best_of_n: int
-    seed: int
-    batch_size: int  # answers made at once
 
 
 def prompt_rows(

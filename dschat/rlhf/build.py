@@ -1,18 +1,16 @@
 """From flags to the models and the rewards of a run."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine, unwrap
+from dschat.engine.deepspeed_engine import create_frozen_model, create_train_engine, unwrap
 from dschat.engine.distributed import Runtime
 from dschat.engine.ema import EMA
 from dschat.engine.sharded_loading import sharded_loading
 from dschat.errors import UserError
-from dschat.models.adapters import add_adapter_reward
+from dschat.models.adapted import has_adapters, trained_table
 from dschat.models.load import load_causal_lm, load_trained_scorer
-from dschat.models.lora import LoraSpec, add_lora, has_adapters, trained_table
 from dschat.models.precision import upcast_layernorm
 from dschat.models.scorer import Scorer, check_probes
 from dschat.models.trunk import shared_copy
@@ -20,37 +18,13 @@ from dschat.report.reward_quality import QUALITY_FOLDER, read_quality, weakness
 from dschat.rlhf.reward_api import ApiReward
 from dschat.rlhf.reward_lora import LoraReward
 from dschat.rlhf.reward_sources import FullReward, FunctionReward
-from dschat.rlhf.rewards import CombinedReward, RewardSource, RewardSpec
+from dschat.rlhf.reward_specs import RewardSpec
+from dschat.rlhf.rewards import CombinedReward, RewardSource
 from dschat.rlhf.rlhf_engine import RLHFEngine, load_critic, load_critic_on_trunk, same_tokenizer
+from dschat.rlhf.specs import ModelsSpec
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class ModelsSpec:
-    """Which models a run has and how; see the flags of the same names in step 3."""
-
-    actor_path: str
-    critic_path: str | None  # None: the first reward model that reads the actor's ids, else the actor
-    rewards: tuple[RewardSpec, ...]
-    actor: TrainSpec
-    critic: TrainSpec | None  # None: the advantages need none
-    reference_stage: int
-    reward_stage: int
-    offload_reference: bool
-    offload_reward: bool
-    actor_lora: LoraSpec | None
-    critic_lora: LoraSpec | None
-    share_trunk: bool
-    save_merged: bool
-    quantization: str | None  # of the actor's frozen weights: 4bit or 8bit
-    normalize_reward: bool
-    upcast_layernorm: bool
-    ema_decay: float | None  # None: no moving average
-    micro_batch_size: int  # responses that a model scores at once
-    api_timeout: float
-    api_retries: int
 
 
 def create_models(
@@ -107,11 +81,15 @@ def create_actor_and_reference(
     else:
         reference = load(spec.reference_stage)
     if lora is not None:
+        from dschat.models.lora import add_lora  # PEFT takes a second to import
+
         add_lora(actor, lora)
-    adapters = {
-        directory: add_adapter_reward(reference, directory, normalize=spec.normalize_reward)
-        for directory in adapter_dirs
-    }
+    adapters = {}
+    if adapter_dirs:
+        from dschat.models.adapters import add_adapter_reward  # PEFT takes a second to import
+
+        given = {"normalize": spec.normalize_reward}
+        adapters = {directory: add_adapter_reward(reference, directory, **given) for directory in adapter_dirs}
     place: dict[str, Any] = {"zero_stage": spec.reference_stage, "offload": spec.offload_reference}
     return RLHFEngine(
         actor=create_train_engine(actor, spec.actor, dtype=dtype, runtime=runtime),
@@ -147,6 +125,8 @@ def create_critic(
         with sharded_loading(spec.critic.zero_stage, dtype):
             critic = load_critic(path, spec.actor_path, tokenizer, dtype=dtype, normalize=normalize)
         if lora is not None:
+            from dschat.models.lora import add_lora  # PEFT takes a second to import
+
             add_lora(critic.model, lora)
     engine.critic_base = base if lora is not None and not spec.save_merged else None
     return critic

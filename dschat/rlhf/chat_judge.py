@@ -17,7 +17,6 @@ from dschat.rlhf.rewards import Samples
 
 import httpx2
 
-OPENAI = "openai"
 PARALLEL = 8  # requests at a time
 TIMEOUT, RETRIES, FIRST_WAIT = 60.0, 4, 0.5  # seconds; more tries after the first, with doubled pauses
 QUESTION = (

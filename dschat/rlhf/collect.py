@@ -9,12 +9,13 @@ from dschat.data.loader import collate_prompts
 from dschat.engine.deepspeed_engine import whole_model
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_objects
 from dschat.errors import UserError
-from dschat.rlhf.experience import FORWARD, Experience, gather_experience, score_rollout
+from dschat.rlhf.experience import Experience, gather_experience, score_rollout
 from dschat.rlhf.rewards import CombinedReward, Samples, Scores, write_repro
 from dschat.rlhf.rlhf_engine import RLHFEngine
-from dschat.rlhf.rollout import Rollout, Sampling, generate_in_batches, row_uniforms
+from dschat.rlhf.rollout import Rollout, generate_in_batches, row_uniforms
 from dschat.rlhf.samples import describe_rollout, learned_tokens
 from dschat.rlhf.slots import SlotDecoder
+from dschat.rlhf.specs import FORWARD, Sampling
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -31,10 +32,10 @@ class Collector:
     runtime: Runtime
     generation_batch_size: int  # prompts of a rank sampled at once
     micro_batch_size: int  # responses of a rank scored at once
-    kl_kind: str = "kl"  # one of experience.KL_KINDS
+    kl_kind: str = "kl"  # one of specs.KL_KINDS
     num_samples: int = 1  # responses to each prompt
     max_tokens: int = 0  # of a micro-batch, with padding; 0: no limit
-    old_logprobs: str = FORWARD  # or experience.SAMPLER
+    old_logprobs: str = FORWARD  # or specs.SAMPLER
     decoder: SlotDecoder | None = None  # None: the plain decode loop
 
 

@@ -22,16 +22,12 @@ from dschat.functional import (
 )
 from dschat.models.packed import on_tokens, token_logits
 from dschat.rlhf.rlhf_engine import RLHFEngine
-from dschat.rlhf.rollout import Rollout, Sampling, tokens_of
+from dschat.rlhf.rollout import Rollout, tokens_of
+from dschat.rlhf.specs import FORWARD, GAE, SAMPLER, Sampling, Shaping
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-
-GAE = "gae"
-ESTIMATORS = (GAE, "rloo", "grpo", "reinforce_pp")
-KL_KINDS = ("kl", "abs", "mse", "k3", "full")
-FORWARD, SAMPLER = "forward", "sampler"  # where the log-probabilities that the ratio starts from come from
 
 
 @dataclass
@@ -247,22 +243,6 @@ def gather_experience(local: Experience, runtime: Runtime, pad_token_id: int, gr
             value = nn.functional.pad(value, (missing, 0) if is_prompt else (0, missing), value=fill)
         gathered[field.name] = gather_rows(value, runtime, group_size)
     return Experience(**gathered)
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """How scores become advantages; see the flags of the same names in step 3."""
-
-    estimator: str  # one of ESTIMATORS
-    group_size: int  # responses to one prompt, which are neighbours
-    kl_in_reward: bool
-    gamma: float
-    lam: float
-    clip_reward_value: float  # 0: no clipping
-    missing_eos: str  # subtract, replace or bootstrap
-    missing_eos_penalty: float
-    whiten_rewards: bool
-    whiten_advantages: bool
 
 
 def add_advantages(experience: Experience, shaping: Shaping, kl_coef: float) -> Experience:

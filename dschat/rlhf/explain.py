@@ -13,9 +13,9 @@ from dschat.functional import full_kl, kl_penalty, ppo_policy_loss, ppo_value_lo
 from dschat.models.precision import tolerance
 from dschat.report.explain_page import Answer, visible, write_explanation
 from dschat.rlhf.collect import Collector
-from dschat.rlhf.experience import Experience, Shaping, policy_logits, response_values
+from dschat.rlhf.experience import Experience, policy_logits, response_values
 from dschat.rlhf.explain_oracle import CHECKED, FEW, GIVEN, UNIT, Floats, Trace, check, compare, kl_of, recompute
-from dschat.rlhf.ppo_trainer import UpdateSpec
+from dschat.rlhf.specs import Shaping, UpdateSpec
 
 import torch
 

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from typing import Any
 
-from dschat.rlhf.experience import GAE, Experience, Shaping
+from dschat.rlhf.experience import Experience
+from dschat.rlhf.specs import GAE, Shaping
 
 Floats = list[float]
 

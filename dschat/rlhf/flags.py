@@ -4,21 +4,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dschat.config import flag, require_not_negative, require_positive
-from dschat.data.prepare import DataSpec
-from dschat.data.sources import parse_source
-from dschat.engine.deepspeed_engine import TrainSpec
+from dschat.data.specs import DataSpec, parse_source
+from dschat.engine.specs import TrainSpec
 from dschat.engine.workload import Changes, Workload
 from dschat.errors import UserError
 from dschat.flag_checks import check_offload, check_quantized
 from dschat.flags import DataFlags, RunFlags
-from dschat.rlhf.build import ModelsSpec
-from dschat.rlhf.experience import ESTIMATORS, FORWARD, GAE, KL_KINDS, SAMPLER, Shaping
-from dschat.rlhf.judges import TOY
 from dschat.rlhf.model_flags import AdapterFlags, OptimizerFlags
 from dschat.rlhf.monitor_flags import MonitorFlags
-from dschat.rlhf.ppo_trainer import UpdateSpec
-from dschat.rlhf.rewards import parse_reward
-from dschat.rlhf.rollout_engine import ROLLOUT_ENGINES, SLOTS
+from dschat.rlhf.reward_specs import TOY, parse_reward
+from dschat.rlhf.specs import (
+    ESTIMATORS,
+    FORWARD,
+    GAE,
+    KL_KINDS,
+    ROLLOUT_ENGINES,
+    SAMPLER,
+    SLOTS,
+    ModelsSpec,
+    Shaping,
+    UpdateSpec,
+)
 from dschat.rlhf.workload import RolloutSizes, ppo_workload
 
 

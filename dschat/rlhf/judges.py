@@ -10,18 +10,17 @@ from typing import Any, Protocol
 
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
+from dschat.models.adapter_files import ADAPTER_CONFIG
 from dschat.models.load import POLICY, load_config, load_trained_scorer, model_role
 from dschat.models.scorer import STATS_FILE, Scorer, check_probes, load_score_stats
-from dschat.rlhf.chat_judge import OPENAI, ChatJudge
+from dschat.rlhf.chat_judge import ChatJudge
 from dschat.rlhf.reward_api import ApiReward
 from dschat.rlhf.reward_sources import FullReward, FunctionReward
-from dschat.rlhf.rewards import CombinedReward, RewardSource, RewardSpec, Samples, parse_reward
+from dschat.rlhf.reward_specs import OPENAI, TOY, RewardSpec, judge_spec
+from dschat.rlhf.rewards import CombinedReward, RewardSource, Samples
 
 import torch
 from transformers import PreTrainedTokenizerBase
-
-TOY = "toy"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -152,16 +151,6 @@ def check_judge(specs: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, 
             FunctionReward(spec.target, tokenizer)
         elif spec.target != TOY and model_role(spec.target, load_config(spec.target)) == POLICY:
             raise UserError(f"{spec.target} is a language model, not a reward model; give the directory of step 2")
-
-
-def judge_spec(text: str) -> RewardSpec:
-    """`parse_reward` of the text, or openai:URL#MODEL; of a plain path the directory says whether it is a whole model
-    or an adapter."""
-    if text.startswith(f"{OPENAI}:"):
-        return RewardSpec(OPENAI, text.removeprefix(f"{OPENAI}:"))
-    if ":" in text:
-        return parse_reward(text)
-    return RewardSpec("lora" if (Path(text) / ADAPTER_CONFIG).is_file() else "full", text)
 
 
 def _toy_verdict(question: str, answer: str) -> Any:

@@ -6,7 +6,7 @@ from dschat.config import flag, require_not_negative, require_positive
 from dschat.errors import UserError
 from dschat.flag_checks import check_lora
 from dschat.flags import OFFLOAD_HELP, SCHEDULES, ZERO_STAGES, LoraModeFlags
-from dschat.models.lora import LoraSpec
+from dschat.models.specs import LoraSpec
 
 
 @dataclass(kw_only=True)

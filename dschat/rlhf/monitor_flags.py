@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dschat.config import flag, require_not_negative, require_positive
 from dschat.errors import UserError
-from dschat.rlhf.judges import TOY, judge_spec
+from dschat.rlhf.reward_specs import TOY, judge_spec
 
 PREFLIGHTS = ("stop", "warn", "off")
 

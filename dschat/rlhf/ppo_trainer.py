@@ -20,7 +20,7 @@ from dschat.functional import (
 from dschat.models.packed import on_tokens, token_logits
 from dschat.rlhf.experience import Experience, parts_of, policy_logits, policy_logprobs, response_values, sizes_of
 from dschat.rlhf.rlhf_engine import RLHFEngine
-from dschat.rlhf.rollout import Sampling
+from dschat.rlhf.specs import Sampling, UpdateSpec
 
 import torch
 
@@ -33,25 +33,6 @@ class UpdateProgress:
 
     position: int = 0
     updates: list[Stats] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class UpdateSpec:
-    """How a rollout is trained on; see the flags of the same names in step 3. Sizes count rows."""
-
-    ppo_epochs: int
-    minibatch_size: int  # of all ranks: one optimizer step
-    micro_batch_size: int  # of one rank at most: one forward and backward
-    cliprange: float
-    cliprange_value: float
-    dual_clip: float | None = None
-    vf_coef: float = 1.0
-    entropy_coef: float = 0.0
-    kl_loss: str | None = None  # the kind of KL that is part of the loss; None: it is in the rewards
-    unsup_coef: float = 0.0
-    max_approx_kl: float = 0.0  # 0: no limit
-    max_ratio: float = 0.0  # 0: no limit
-    max_tokens: int = 0  # of a micro-batch, with padding; 0: no limit
 
 
 def train_rlhf(

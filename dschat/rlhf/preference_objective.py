@@ -1,29 +1,15 @@
 """The losses of the DPO program behind one call: their constants, their value on a batch, what is told of them."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dschat.functional import dpo_loss, kto_loss, orpo_loss, simpo_loss
 from dschat.functional.reduction import divide
 from dschat.rlhf.answer_logprobs import AnswerLogprobs
+from dschat.rlhf.specs import WITHOUT_REFERENCE
 
 import torch
 from torch import Tensor
-
-Constants = Mapping[str, float | None]
-
-_DPO: Constants = {"beta": 0.1, "label_smoothing": 0.0, "sft_coef": 0.0}
-# loss -> its constants and their defaults, which are flags; None: half of beta, the paper's gamma / beta
-CONSTANTS: dict[str, Constants] = {
-    "sigmoid": _DPO,
-    "ipo": _DPO,
-    "hinge": _DPO,
-    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-    "simpo": {"beta": 2.0, "simpo_gamma": None, "label_smoothing": 0.0, "sft_coef": 0.0},
-    "orpo": {"orpo_lambda": 0.1},
-}
-WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 @dataclass(frozen=True)

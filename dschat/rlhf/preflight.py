@@ -14,7 +14,8 @@ from dschat.report.preflight_figures import NUCLEUS, PLAUSIBLE, STOP, assemble, 
 from dschat.report.preflight_text import preflight_text, write_preflight
 from dschat.rlhf.collect import Collector, judge, roll_out
 from dschat.rlhf.experience import parts_of, policy_logits, sizes_of, take_rows
-from dschat.rlhf.rollout import Rollout, Sampling, tokens_of
+from dschat.rlhf.rollout import Rollout, tokens_of
+from dschat.rlhf.specs import Sampling
 
 import torch
 

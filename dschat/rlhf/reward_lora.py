@@ -1,13 +1,17 @@
 """Scores of a reward model that is an adapter on the reference: no second model in memory."""
 
+from typing import TYPE_CHECKING
+
 from dschat.errors import UserError
-from dschat.models.adapters import AdapterScorer
 from dschat.models.scorer import check_probes, padding_gap, score_token_ids
 from dschat.rlhf.rewards import Judged, Samples
 from dschat.rlhf.rlhf_engine import require_same_tokenizer
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from dschat.models.adapters import AdapterScorer  # imports PEFT, which takes a second
 
 
 class LoraReward:
@@ -26,7 +30,7 @@ class LoraReward:
 
     def __init__(
         self,
-        scorer: AdapterScorer,
+        scorer: "AdapterScorer",
         adapter_dir: str,
         tokenizer: PreTrainedTokenizerBase,
         *,

@@ -1,7 +1,6 @@
 """Everything that the quality report says of a reward model, from its scores of ranked answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dschat.data.records import Message
 from dschat.data.tokenizer import load_tokenizer
@@ -11,7 +10,7 @@ from dschat.report.reward_quality import Quality, ScoredPairs, best_of_n_curve, 
 from dschat.rlhf.answers import prompt_rows, sample_answers
 from dschat.rlhf.judges import create_judge
 from dschat.rlhf.reward_sources import FullReward
-from dschat.rlhf.rollout import Sampling
+from dschat.rlhf.specs import CurveSpec, Sampling
 
 import datasets
 import numpy as np
@@ -20,18 +19,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 NUM_PROMPTS = 100
-
-
-@dataclass(frozen=True)
-class CurveSpec:
-    """Who answers, who judges, and how much is sampled."""
-
-    policy_path: str
-    judge: str  # as --judge
-    num_samples: int  # N, the largest n of the curve
-    max_new_tokens: int
-    batch_size: int  # answers sampled and scored at once
-    seed: int
 
 
 def report_quality(

@@ -14,12 +14,6 @@ from dschat.report.metrics import write_whole
 
 import torch
 
-KINDS = ("full", "lora", "api", "function")
-ACCEPTED = (
-    "full:PATH, lora:PATH, api:URL, function:module:name or function:path/file.py:name, with a weight other than 0 in "
-    "front if wanted: 0.5*full:PATH"
-)
-
 
 @dataclass
 class Samples:
@@ -55,42 +49,6 @@ class RewardSource(Protocol):
     name: str
 
     def __call__(self, samples: Samples) -> Judged: ...
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """One source as the command line names it."""
-
-    kind: str  # of KINDS
-    target: str  # a path, an address, module:name
-    weight: float = 1.0
-
-
-def parse_reward(spec: str) -> RewardSpec:
-    """``full:PATH``, ``lora:PATH``, ``api:URL``, ``function:module:name``; with a weight in front, ``0.5*full:PATH``.
-
-    A negative weight makes a penalty.
-
-    Raises:
-        UserError: anything else, or a weight of 0, nan or infinity.
-    """
-    weight, rest = 1.0, spec.strip()
-    factor, star, after = rest.partition("*")
-    if star and ":" not in factor:  # a path or an address may hold a * too
-        rest = after.strip()
-        try:
-            weight = float(factor)
-        except ValueError:
-            raise UserError(f"reward {spec!r}: {factor!r} is no weight; give {ACCEPTED}") from None
-        if weight == 0 or not math.isfinite(weight):
-            raise UserError(
-                f"reward {spec!r}: a weight of {weight:g} is of no use; leave the source out or correct it"
-            )
-    kind, _, target = rest.partition(":")
-    place, _, name = target.rpartition(":")
-    if kind not in KINDS or not target or (kind == "function" and not (place and name.isidentifier())):
-        raise UserError(f"reward {spec!r} is no reward source; give {ACCEPTED}")
-    return RewardSpec(kind, target, weight)
 
 
 @dataclass

@@ -2,24 +2,25 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.ema import EMA
 from dschat.engine.sharded_loading import whole_weights
 from dschat.errors import UserError
-from dschat.models.adapter_files import adapter_base
-from dschat.models.adapters import AdapterScorer, load_merged_scorer
+from dschat.models.adapter_files import ADAPTER_CONFIG, adapter_base
 from dschat.models.load import load_scorer, load_trained_scorer
-from dschat.models.lora import LoraSpec
 from dschat.models.scorer import Scorer, load_score_stats
+from dschat.models.specs import LoraSpec
 from dschat.models.trunk import critic_on_trunk
 
 import deepspeed
 import torch
-from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from dschat.models.adapters import AdapterScorer  # imports PEFT, which takes a second
 
 
 @dataclass
@@ -34,7 +35,7 @@ class RLHFEngine:
     critic: deepspeed.DeepSpeedEngine | None
     ref: nn.Module
     family: PreTrainedModel
-    adapters: dict[str, AdapterScorer] = field(default_factory=dict)
+    adapters: "dict[str, AdapterScorer]" = field(default_factory=dict)
     actor_base: str | None = None  # the path of the model under the adapters that are saved; None: whole models are
     critic_base: str | None = None
     trunk: PreTrainedModel | None = None  # the actor without its adapters, on the very same weights, where it has any
@@ -67,7 +68,9 @@ def load_critic(
             nn.init.zeros_(head.weight)
         return Scorer(model)
     require_same_tokenizer(actor_path, tokenizer, path)
-    if (Path(path) / CONFIG_NAME).is_file():
+    if (Path(path) / ADAPTER_CONFIG).is_file():
+        from dschat.models.adapters import load_merged_scorer  # PEFT takes a second to import
+
         model = load_merged_scorer(path, actor_path, tokenizer, dtype=dtype)
         return Scorer(model, *(load_score_stats(path) if normalize else (0.0, 1.0)))
     return load_trained_scorer(path, tokenizer, dtype=dtype, normalize=normalize, verify=False)

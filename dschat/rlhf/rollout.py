@@ -6,36 +6,15 @@ depends on the seed and its global row and not on the number of ranks or on the 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from dschat.functional.logprobs import log_softmax
 from dschat.models.forward import takes_positions
+from dschat.rlhf.specs import Sampling
 
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 mean off.
-
-    ``banned_ids`` can never be drawn and have probability 0 in every score: the pad token, and rows of the embedding
-    that no token uses.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    banned_ids: tuple[int, ...] = field(default=(), repr=False)
-
-    @property
-    def scored(self) -> dict[str, Any]:
-        """The distribution that is sampled from, before any top-k or top-p, as `functional.token_logprobs`,
-        ``entropy`` and ``full_kl`` take it. Greedy choices are scored at temperature 1."""
-        return {"temperature": self.temperature or 1.0, "banned_ids": self.banned_ids}
 
 
 def banned_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:

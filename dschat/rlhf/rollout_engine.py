@@ -7,14 +7,12 @@ from dschat.functional import token_logprobs
 from dschat.models.attention import NAME
 from dschat.models.forward import attends_to_all, takes_positions
 from dschat.models.packed import token_logits
-from dschat.rlhf.rollout import Rollout, Sampling, generate, row_uniforms
+from dschat.rlhf.rollout import Rollout, generate, row_uniforms
 from dschat.rlhf.slots import SlotDecoder
+from dschat.rlhf.specs import SLOTS, Sampling
 
 import torch
 from transformers import PreTrainedModel
-
-SLOTS, HF = "slots", "hf"
-ROLLOUT_ENGINES = (SLOTS, HF)
 
 
 def why_not_slots(model: PreTrainedModel) -> str | None:

@@ -2,10 +2,11 @@
 
 from dschat.functional import shape_rewards
 from dschat.models.precision import tolerance
-from dschat.rlhf.experience import Experience, Shaping, response_values, sequences
+from dschat.rlhf.experience import Experience, response_values, sequences
 from dschat.rlhf.reward_lora import LoraReward
 from dschat.rlhf.reward_sources import FullReward
 from dschat.rlhf.rewards import CombinedReward, Samples
+from dschat.rlhf.specs import Shaping
 
 import torch
 from torch import nn

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from dschat.models.precision import tolerance
-from dschat.rlhf.rollout import Rollout, Sampling, draw
+from dschat.rlhf.rollout import Rollout, draw
+from dschat.rlhf.specs import PREFILL_TOKENS, Sampling
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from transformers.cache_utils import CacheLayerMixin
 Step = Callable[..., tuple[Tensor, Tensor]]
 _WIDTH = 64  # columns of the cache are read in multiples of so many
 _WIDTHS = 8  # and in so many different widths at most
-PREFILL_TOKENS = 8192  # of prompts computed at once
+
 _SMALL_WEIGHTS = 2**27  # bytes up to which each core decodes by itself: they stay in the caches
 
 

@@ -9,9 +9,10 @@ from dschat.engine.distributed import gather_objects
 from dschat.report.metrics import write_whole
 from dschat.rlhf.collect import Collector, ask_models, judge, roll_out
 from dschat.rlhf.evaluate import EVAL_SEED, HeldOut
-from dschat.rlhf.experience import GAE, Shaping, add_advantages
+from dschat.rlhf.experience import add_advantages
 from dschat.rlhf.rollout import tokens_of
 from dschat.rlhf.samples import decode_responses, prompt_text
+from dschat.rlhf.specs import GAE, Shaping
 
 NUM_PROMPTS = 60
 TOKENS_FILE = "tokens.jsonl"

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 
 from dschat.engine.workload import COMPARE, RESPONSE, SAMPLE, SCORER, LoraShape, ModelUse, PassUse, Workload
-from dschat.models.lora import LoraSpec
-from dschat.rlhf.build import ModelsSpec
-from dschat.rlhf.experience import SAMPLER
-from dschat.rlhf.rollout_engine import SLOTS
-from dschat.rlhf.slots import PREFILL_TOKENS
+from dschat.models.specs import LoraSpec
+from dschat.rlhf.specs import PREFILL_TOKENS, SAMPLER, SLOTS, ModelsSpec
 
 BITS = {None: 0, "4bit": 4, "8bit": 8}
 

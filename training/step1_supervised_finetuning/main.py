@@ -13,32 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, to_dict
-from dschat.data.loader import collate_sft, epoch_batches, num_rows, take_rows
-from dschat.data.prepare import load_rows, training_batches
-from dschat.data.show import repro_rows, show_batch
-from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
-from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
-from dschat.engine.micro_batches import MicroBatches
-from dschat.engine.run_state import RunState
-from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import SFT, Workload
-from dschat.errors import run_program
+from dschat.errors import run_part, run_program
 from dschat.flags import REMOVED, SupervisedFlags
-from dschat.functional import sft_loss
-from dschat.models.adapter_files import refuse_other_kind
-from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
-from dschat.models.packed import token_logits
-from dschat.planning import plan_run
-from dschat.report.bad_steps import BadSteps
-from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
-from dschat.report.progress import Console
-
-import deepspeed
-import torch
-from transformers import PreTrainedModel
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -51,6 +28,36 @@ class Config(SupervisedFlags):
 
     def workload(self) -> Workload:
         return self.supervised_workload("step 1", SFT)
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+
+from dschat.data.loader import collate_sft, epoch_batches, num_rows, take_rows
+from dschat.data.prepare import load_rows, training_batches
+from dschat.data.show import repro_rows, show_batch
+from dschat.data.tokenizer import load_tokenizer
+from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
+from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
+from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
+from dschat.functional import sft_loss
+from dschat.models.adapted import trained_table
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.models.packed import token_logits
+from dschat.models.specs import LoraSpec
+from dschat.planning import plan_run
+from dschat.report.bad_steps import BadSteps
+from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
+from dschat.report.progress import Console
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+
+Batch = dict[str, torch.Tensor]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,10 +108,10 @@ def main(argv: list[str] | None = None) -> None:
         model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
     if config.lora_dim:
-        from dschat.models import lora  # PEFT takes a second to import
+        from dschat.models.lora import add_lora  # PEFT takes a second to import
 
-        lora.add_lora(model, lora.LoraSpec(*config.lora_shape()))
-        console.print(lora.trained_table(model))
+        add_lora(model, LoraSpec(*config.lora_shape()))
+        console.print(trained_table(model))
     engine = create_train_engine(model, config.train_spec(len(train_batches)), dtype=dtype, runtime=runtime)
 
     # Train

@@ -18,34 +18,11 @@ from functools import partial
 from typing import Any
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
-from dschat.data.sources import parse_source
-from dschat.engine.distributed import quiet_libraries
-from dschat.errors import UserError, run_program
+from dschat.data.specs import parse_source
+from dschat.errors import UserError, run_part, run_program
 from dschat.flags import REMOVED, EvaluationFlags
-from dschat.models.load import resolve_dtype
-from dschat.report.answer_table import Answered, answers_table, save_answers, side_by_side, summarize_answers
-from dschat.report.metrics import peak_rss_gb, prepare_output_dir
-from dschat.report.progress import Console
-from dschat.rlhf.answers import (
-    BEAM,
-    BEST_OF_N,
-    DECODINGS,
-    GREEDY,
-    SAMPLE,
-    AnswerSpec,
-    Rows,
-    answer,
-    best_of,
-    num_tokens,
-    prompt_rows,
-)
-from dschat.rlhf.judges import TOY, Verdicts, check_judge, create_judge
-from dschat.rlhf.policies import Policy, answer_room, fit_prompts, load_prompts, open_policies, spread
-from dschat.rlhf.rewards import Samples
-from dschat.rlhf.rollout import Sampling
-from dschat.rlhf.samples import prompt_text
-
-import torch
+from dschat.rlhf.reward_specs import TOY
+from dschat.rlhf.specs import BEAM, BEST_OF_N, DECODINGS, GREEDY, SAMPLE, AnswerSpec, Sampling
 
 MIN_TEMPERATURE = 0.01  # below, logits / temperature leave the range of float32
 # flag -> the decodings that it is about
@@ -127,6 +104,23 @@ class Config(EvaluationFlags):
     def answer_spec(self, max_new_tokens: int) -> AnswerSpec:
         sampling = Sampling(max_new_tokens, self.temperature, self.top_k, self.top_p)
         return AnswerSpec(sampling, self.num_beams, self.best_of_n, self.seed, self.batch_size)
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__, removed=GONE))
+
+from dschat.engine.distributed import quiet_libraries
+from dschat.models.load import resolve_dtype
+from dschat.report.answer_table import Answered, answers_table, save_answers, side_by_side, summarize_answers
+from dschat.report.metrics import peak_rss_gb, prepare_output_dir
+from dschat.report.progress import Console
+from dschat.rlhf.answers import Rows, answer, best_of, num_tokens, prompt_rows
+from dschat.rlhf.judges import Verdicts, check_judge, create_judge
+from dschat.rlhf.policies import Policy, answer_room, fit_prompts, load_prompts, open_policies, spread
+from dschat.rlhf.rewards import Samples
+from dschat.rlhf.samples import prompt_text
+
+import torch
 
 
 def main(argv: list[str] | None = None) -> None:

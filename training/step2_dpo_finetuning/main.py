@@ -13,34 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
-from dschat.data.loader import Batch, num_rows, take_rows
-from dschat.data.prepare import load_rows, training_batches
-from dschat.data.show import repro_rows, show_batch
-from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
-from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
-from dschat.engine.micro_batches import MicroBatches
-from dschat.engine.run_state import RunState
-from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import RESPONSE, Workload
-from dschat.errors import UserError, run_program
+from dschat.errors import UserError, run_part, run_program
 from dschat.flags import REMOVED, SupervisedFlags
-from dschat.models.adapter_files import refuse_other_kind
-from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
-from dschat.planning import plan_run
-from dschat.report.bad_steps import BadSteps
-from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
-from dschat.report.progress import Console
-from dschat.report.statistics import wilson_interval
-from dschat.rlhf.answer_logprobs import AnswerLogprobs, gather_answers, score_answers, with_mismatched_logps
-from dschat.rlhf.answer_rows import AnswerRows
-from dschat.rlhf.preference_objective import CONSTANTS, Objective
-from dschat.rlhf.reference_logprobs import reference_logprobs, weights_hash, with_frozen_model
-
-import deepspeed
-import torch
-from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from dschat.rlhf.specs import CONSTANTS, WITHOUT_REFERENCE
 
 
 @dataclass(kw_only=True)
@@ -68,18 +44,50 @@ class Config(SupervisedFlags):
         require_not_negative(self, *{"sft_coef", "simpo_gamma", "orpo_lambda"} & own.keys())
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing}: expected at least 0 and below 0.5")
-        if self.reference_model_name_or_path and not self.objective().has_reference:
+        if self.reference_model_name_or_path and self.loss_type in WITHOUT_REFERENCE:
             raise UserError(f"--loss_type {self.loss_type} has no reference; drop --reference_model_name_or_path")
 
     def inputs(self) -> dict[str, str]:
         reference = self.reference_model_name_or_path
         return super().inputs() | ({"reference_model_name_or_path": reference} if reference else {})
 
-    def objective(self) -> Objective:
+    def objective(self) -> "Objective":
         return Objective(self.loss_type, {name: getattr(self, name) for name in CONSTANTS[self.loss_type]})
 
     def workload(self) -> Workload:
         return self.supervised_workload("step 2, DPO", RESPONSE, num_sequences=2, response_size=self.max_seq_len - 1)
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+
+from dschat.data.loader import Batch, num_rows, take_rows
+from dschat.data.prepare import load_rows, training_batches
+from dschat.data.show import repro_rows, show_batch
+from dschat.data.tokenizer import load_tokenizer
+from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
+from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
+from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
+from dschat.models.adapted import trained_table
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
+from dschat.models.specs import LoraSpec
+from dschat.planning import plan_run
+from dschat.report.bad_steps import BadSteps
+from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
+from dschat.report.progress import Console
+from dschat.report.statistics import wilson_interval
+from dschat.rlhf.answer_logprobs import AnswerLogprobs, gather_answers, score_answers, with_mismatched_logps
+from dschat.rlhf.answer_rows import AnswerRows
+from dschat.rlhf.preference_objective import Objective
+from dschat.rlhf.reference_logprobs import reference_logprobs, weights_hash, with_frozen_model
+
+import deepspeed
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,10 +148,10 @@ def main(argv: list[str] | None = None) -> None:
     is_own_reference = objective.has_reference and not config.reference_model_name_or_path
     weights = weights_hash(model) if is_own_reference else ""  # now: without adapters
     if config.lora_dim:
-        from dschat.models import lora  # PEFT takes a second to import
+        from dschat.models.lora import add_lora  # PEFT takes a second to import
 
-        lora.add_lora(model, lora.LoraSpec(*config.lora_shape()))
-        console.print(lora.trained_table(model))
+        add_lora(model, LoraSpec(*config.lora_shape()))
+        console.print(trained_table(model))
     engine = create_train_engine(model, config.train_spec(len(train_batches)), dtype=dtype, runtime=runtime)
     if is_own_reference:
         ask_reference(engine, model, weights)

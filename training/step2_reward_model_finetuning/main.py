@@ -16,41 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from dschat.config import flag, parse_config, require_not_negative, to_dict
-from dschat.data.loader import Batch, collate_rankings, num_rows, take_rows
-from dschat.data.prepare import load_rows, training_batches
-from dschat.data.show import repro_rows, show_batch
-from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
-from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
-from dschat.engine.micro_batches import MicroBatches
-from dschat.engine.run_state import RunState
-from dschat.engine.sharded_loading import sharded_loading
 from dschat.engine.workload import SCORER, Workload
-from dschat.errors import UserError, run_program
+from dschat.errors import UserError, run_part, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
-from dschat.functional import listwise_ranking_loss
-from dschat.models.adapter_files import refuse_other_kind
-from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
-from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
-from dschat.models.scorer import Scorer, make_probes, save_score_stats
-from dschat.planning import plan_run
-from dschat.report.bad_steps import BadSteps
-from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
-from dschat.report.progress import Console
-from dschat.report.reward_quality import (
-    QUALITY_FOLDER,
-    pairs_of_rankings,
-    quality_tables,
-    reward_quality,
-    write_quality,
-)
-from dschat.rlhf.judges import check_judge
-from dschat.rlhf.reward_report import CurveSpec, report_quality
-from dschat.rlhf.samples import prompt_text
-
-import deepspeed
-import numpy as np
-import torch
+from dschat.rlhf.specs import CurveSpec
 
 
 @dataclass(kw_only=True)
@@ -81,6 +50,45 @@ class Config(SupervisedFlags, CurveFlags):
 
     def workload(self) -> Workload:
         return self.supervised_workload("step 2, reward model", SCORER, num_sequences=2)
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+
+from dschat.data.loader import Batch, collate_rankings, num_rows, take_rows
+from dschat.data.prepare import load_rows, training_batches
+from dschat.data.show import repro_rows, show_batch
+from dschat.data.tokenizer import load_tokenizer
+from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
+from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
+from dschat.engine.micro_batches import MicroBatches
+from dschat.engine.run_state import RunState
+from dschat.engine.sharded_loading import sharded_loading
+from dschat.functional import listwise_ranking_loss
+from dschat.models.adapted import trained_table
+from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
+from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
+from dschat.models.scorer import Scorer, make_probes, save_score_stats
+from dschat.models.specs import LoraSpec
+from dschat.planning import plan_run
+from dschat.report.bad_steps import BadSteps
+from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
+from dschat.report.progress import Console
+from dschat.report.reward_quality import (
+    QUALITY_FOLDER,
+    pairs_of_rankings,
+    quality_tables,
+    reward_quality,
+    write_quality,
+)
+from dschat.rlhf.judges import check_judge
+from dschat.rlhf.reward_report import report_quality
+from dschat.rlhf.samples import prompt_text
+
+import deepspeed
+import numpy as np
+import torch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,10 +141,10 @@ def main(argv: list[str] | None = None) -> None:
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
     spec = config.train_spec(len(train_batches))
     if config.lora_dim:
-        from dschat.models import lora  # PEFT takes a second to import
+        from dschat.models.lora import add_lora  # PEFT takes a second to import
 
-        lora.add_lora(classifier, lora.LoraSpec(*config.lora_shape()))
-        console.print(lora.trained_table(classifier))
+        add_lora(classifier, LoraSpec(*config.lora_shape()))
+        console.print(trained_table(classifier))
     engine = create_train_engine(Scorer(classifier), spec, dtype=dtype, runtime=runtime)
 
     # Train

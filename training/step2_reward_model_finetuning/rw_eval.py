@@ -8,27 +8,13 @@ and a policy the report says too what choosing the best of n answers by this mod
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive
-from dschat.data.sources import load_evaluation
-from dschat.data.stages import tokenize_rankings
-from dschat.data.tokenizer import load_tokenizer
-from dschat.engine.distributed import Runtime, quiet_libraries
-from dschat.errors import UserError, run_program
+from dschat.errors import UserError, run_part, run_program
 from dschat.flags import REMOVED, CurveFlags, EvaluationFlags
-from dschat.models.load import check_context, max_positions, resolve_dtype
-from dschat.models.rankings import ranking_facts, score_rankings
-from dschat.report.progress import Console
-from dschat.report.reward_quality import pairs_of_rankings, quality_tables, write_quality
-from dschat.report.samples import short
-from dschat.rlhf.judges import check_judge, judge_spec, load_scorer_of
-from dschat.rlhf.reward_report import CurveSpec, report_quality
-from dschat.rlhf.samples import prompt_text
-
-import datasets
-import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
+from dschat.rlhf.reward_specs import judge_spec
+from dschat.rlhf.specs import CurveSpec
 
 NO_LIMIT = 2**31 - 1  # of a dialogue's tokens
 
@@ -63,6 +49,28 @@ class Config(EvaluationFlags, CurveFlags):
             batch_size=self.batch_size,
             seed=self.seed,
         )
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+
+from dschat.data.sources import load_evaluation
+from dschat.data.stages import tokenize_rankings
+from dschat.data.tokenizer import load_tokenizer
+from dschat.engine.distributed import Runtime, quiet_libraries
+from dschat.models.load import check_context, max_positions, resolve_dtype
+from dschat.models.rankings import ranking_facts, score_rankings
+from dschat.report.progress import Console
+from dschat.report.reward_quality import pairs_of_rankings, quality_tables, write_quality
+from dschat.report.samples import short
+from dschat.rlhf.judges import check_judge, load_scorer_of
+from dschat.rlhf.reward_report import report_quality
+from dschat.rlhf.samples import prompt_text
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,28 +14,12 @@ import json
 import math
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dschat.config import DTYPES, flag, parse_config
-from dschat.data.records import Message, RecordError, to_example
-from dschat.data.stages import tokenizer_hash
-from dschat.data.templates import encode_dialogue
-from dschat.data.tokenizer import load_tokenizer
-from dschat.errors import UserError, run_program
+from dschat.errors import UserError, run_part, run_program
 from dschat.flags import TRUST_HELP
-from dschat.models.load import load_trained_scorer, max_positions, resolve_dtype
-from dschat.models.scorer import Scorer, score_token_ids
-from dschat.report.progress import Console
-from dschat.server import address, listen, serve
-
-import torch
-import transformers
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 MAX_REQUEST_BYTES = 64 * 2**20
 
@@ -52,6 +36,28 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port {self.port}: expected a number from 0 (a free port) to 65535")
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__))
+
+from dschat.data.records import Message, RecordError, to_example
+from dschat.data.stages import tokenizer_hash
+from dschat.data.templates import encode_dialogue
+from dschat.data.tokenizer import load_tokenizer
+from dschat.models.load import load_trained_scorer, max_positions, resolve_dtype
+from dschat.models.scorer import Scorer, score_token_ids
+from dschat.report.progress import Console
+from dschat.server import address, listen, serve
+
+import torch
+import transformers
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 
 def main(argv: list[str] | None = None) -> None:

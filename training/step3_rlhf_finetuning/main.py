@@ -14,6 +14,20 @@ from functools import partial
 from pathlib import Path
 
 from dschat.config import parse_config, to_dict
+from dschat.errors import UserError, run_part, run_program
+from dschat.flags import REMOVED
+from dschat.rlhf.flags import PPOFlags
+from dschat.rlhf.specs import Sampling
+
+
+@dataclass(kw_only=True)
+class Config(PPOFlags):
+    """The flags are those of dschat/rlhf/flags.py, which has them by group."""
+
+
+if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
+    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+
 from dschat.data.loader import PromptStream, collate_prompts
 from dschat.data.prepare import load_rows
 from dschat.data.show import show_batch
@@ -22,8 +36,6 @@ from dschat.engine.deepspeed_engine import learning_rate, save_weights, whole_mo
 from dschat.engine.distributed import init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState
-from dschat.errors import UserError, run_program
-from dschat.flags import REMOVED
 from dschat.models.adapter_files import refuse_other_kind
 from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
@@ -38,7 +50,6 @@ from dschat.rlhf.demonstrations import Demonstrations
 from dschat.rlhf.evaluate import BestSoFar, best_of_n, held_out_prompts
 from dschat.rlhf.experience import Experience, add_advantages, experience_metrics, repro_responses, rollout_values
 from dschat.rlhf.explain import explain_update
-from dschat.rlhf.flags import PPOFlags
 from dschat.rlhf.judges import check_judge, create_judge
 from dschat.rlhf.kl_coefficient import KLCoefficient
 from dschat.rlhf.monitor import Monitor, load_pairs, restore_best, update_ratios
@@ -46,7 +57,7 @@ from dschat.rlhf.policies import spread
 from dschat.rlhf.ppo_trainer import Stats, mean_of, train_rlhf
 from dschat.rlhf.preflight import check_sample_space
 from dschat.rlhf.rewards import reward_metrics
-from dschat.rlhf.rollout import Sampling, banned_token_ids
+from dschat.rlhf.rollout import banned_token_ids
 from dschat.rlhf.rollout_engine import create_decoder
 from dschat.rlhf.samples import prompt_text
 from dschat.rlhf.self_check import (
@@ -58,11 +69,6 @@ from dschat.rlhf.self_check import (
 )
 from dschat.rlhf.token_details import write_token_details
 from dschat.rlhf.update_state import CurrentUpdate, Update
-
-
-@dataclass(kw_only=True)
-class Config(PPOFlags):
-    """The flags are those of dschat/rlhf/flags.py, which has them by group."""
 
 
 def main(argv: list[str] | None = None) -> None:
