@@ -53,7 +53,10 @@ def test_what_rests_under_zero_by_hand():
     away = dataclasses.replace(half, offload=True)
     assert dict(away.resting(GPU)) == {"weights": 2000} and away.on_host(GPU) == 400
     assert dict(dataclasses.replace(half, num_trained=0, shares_trunk=True).resting(GPU)) == {"weights": 0}
-    assert half.checkpoint == 2 * 1000 + 12 * 100
+    assert half.checkpoint == (2 + 12) * 100, "nothing of what is frozen"
+    assert half.output == 2 * 1000 and dataclasses.replace(half, saves_adapter=True).output == 2 * 100
+    average = dataclasses.replace(half, has_average=True)
+    assert average.checkpoint == (2 + 12 + 4) * 100 and average.output == 2 * 2 * 1000
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "bloom"])

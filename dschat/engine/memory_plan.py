@@ -8,7 +8,7 @@ and checked against measured peaks (benchmarks/plan.py, docs/scaling.md). Where 
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dschat.errors import UserError
@@ -109,6 +109,7 @@ class PlannedModel:
     offload: bool = False
     has_average: bool = False
     shares_trunk: bool = False  # only what is trained is its own
+    saves_adapter: bool = False  # and not the whole model
     num_quantized: int = 0  # of the weights, to ``quantized_bits``
     quantized_bits: int = 0
 
@@ -178,8 +179,14 @@ class PlannedModel:
 
     @property
     def checkpoint(self) -> int:
-        """On disk, of all ranks together: the weights, and of trained ones three float32 numbers more."""
-        return self.weight_bytes + 12 * self.num_trained if self.num_trained else 0
+        """On disk, of all ranks together: what is trained, three float32 numbers more of it, and their average."""
+        return (self.itemsize + 12 + (4 if self.has_average else 0)) * self.num_trained
+
+    @property
+    def output(self) -> int:
+        """On disk, at the end: the whole model or its adapters, and a second time as their average."""
+        size = self.num_trained if self.saves_adapter else self.num_weights
+        return self.itemsize * size * (2 if self.has_average else 1) if self.num_trained else 0
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,6 @@ class Plan:
     models: Sequence[PlannedModel]
     phases: Sequence[Phase]
     num_checkpoints: int
-    outputs: float = field(default=0.0)  # bytes on disk of what the run leaves behind
 
     @property
     def resting(self) -> Bytes:
@@ -240,4 +246,5 @@ class Plan:
     @property
     def disk(self) -> float:
         """The checkpoints that are kept and the one that is being written, and what the run leaves behind."""
-        return (self.num_checkpoints + 1) * sum(model.checkpoint for model in self.models) + self.outputs
+        checkpoints = (self.num_checkpoints + 1) * sum(model.checkpoint for model in self.models)
+        return checkpoints + sum(model.output for model in self.models)

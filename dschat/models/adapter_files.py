@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dschat.engine.run_identity import weights_key
 from dschat.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+BASE_WEIGHTS = "base_weights"  # in the header of an adapter's weights: the `weights_key` of the model under it
 
 
 def adapter_base(path: str) -> str | None:
@@ -35,6 +37,31 @@ def adapter_config(path: str) -> dict[str, Any]:
         raise UserError(
             f"{file} is damaged ({' '.join(str(error).split())[:200]}); restore it or train the adapter again"
         ) from None
+
+
+def base_record(base: str) -> dict[str, str]:
+    """For the header of the weights of an adapter on ``base``: which weights those were. Empty where none are here."""
+    key = weights_key(base)
+    return {BASE_WEIGHTS: key} if key is not None else {}
+
+
+def require_same_base(path: str, record: dict[str, str]) -> None:
+    """The model that the adapter in ``path`` names is the one that it was trained on, by the header of its weights.
+
+    Nothing is said of an adapter without such a record (another program's, or on a hub name that was not in the local
+    cache), nor where the model is not here: then the adapter is put on a copy of it, which the caller names.
+
+    Raises:
+        UserError: the weights there were changed in place.
+    """
+    base = adapter_config(path).get("base_model_name_or_path") or ""
+    now = weights_key(base) if BASE_WEIGHTS in record and base else None
+    if now is not None and now != record[BASE_WEIGHTS]:
+        raise UserError(
+            f"{path} is a LoRA adapter on {base}, whose weights are no longer those that it was trained on; put them "
+            f"back, name a copy of them as base_model_name_or_path in {Path(path) / ADAPTER_CONFIG}, or train the "
+            "adapter again"
+        )
 
 
 def refuse_other_kind(directory: str, is_adapter: bool) -> None:

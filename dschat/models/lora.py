@@ -7,14 +7,15 @@ from types import MethodType
 from typing import Any
 
 from dschat.errors import UserError
+from dschat.models.adapter_files import base_record, require_same_base
 from dschat.report.progress import table
 
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -129,7 +130,8 @@ def trained_table(model: nn.Module) -> str:
 def save_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str, base: str) -> None:
     """The adapters and the head, if the model has one, as ``PeftModel.from_pretrained`` reads them; the tokenizer.
 
-    ``base`` is the directory or hub name of the trunk, where every loader looks for it.
+    ``base`` is the directory or hub name of the trunk, where every loader looks for it, and whose weights are to stay
+    what they are: their fingerprint goes into the header of the file.
     """
     head: Any = getattr(model, "score", None)
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
@@ -141,7 +143,8 @@ def save_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dir
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["classifier", "score"]
     config.save_pretrained(directory)
     path = str(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
-    save_file({f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}, path, {"format": "pt"})
+    header = {"format": "pt"} | base_record(base)
+    save_file({f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}, path, header)
     tokenizer.save_pretrained(directory)
 
 
@@ -189,19 +192,21 @@ def read_adapter(directory: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The configuration and the weights, under the names that they have in a model.
 
     Raises:
-        UserError: no adapter directory, a damaged one, an adapter other than LoRA.
+        UserError: no adapter directory, a damaged one, an adapter other than LoRA; as `require_same_base`.
     """
     where = Path(directory)
     if not (where / CONFIG_NAME).is_file():
         raise UserError(f"{directory} holds no {CONFIG_NAME}; give the output of step 2 with --lora_dim")
     try:
         config = PeftConfig.from_pretrained(directory)
-        weights = load_file(str(where / SAFETENSORS_WEIGHTS_NAME))
+        with safe_open(where / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            weights, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{directory}: the adapter cannot be read ({problem}); train it again") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{directory} holds a {config.peft_type} adapter; only LoRA is supported, see --lora_dim")
+    require_same_base(directory, header)
     config.modules_to_save, config.inference_mode = None, True  # the head is read here, and nothing is trained
     return config, {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
 

@@ -60,8 +60,7 @@ def make_plan(work: Workload, machine: Machine) -> Plan:
     phases: list[Phase] = []
     for item in work.passes:
         phases += phases_of(item, uses[item.role], models[item.role], dtype, machine)
-    outputs = sum(model.itemsize * model.num_weights for model in models.values() if model.num_trained)
-    return Plan(work.title, machine, list(models.values()), phases, work.num_checkpoints, outputs)
+    return Plan(work.title, machine, list(models.values()), phases, work.num_checkpoints)
 
 
 def planned_model(use: ModelUse, dtype: torch.dtype) -> PlannedModel:
@@ -77,6 +76,7 @@ def planned_model(use: ModelUse, dtype: torch.dtype) -> PlannedModel:
         offload=use.offload,
         has_average=use.has_average,
         shares_trunk=use.shares_trunk,
+        saves_adapter=use.saves_adapter,
         num_quantized=size.num_quantized,
         quantized_bits=use.quantized_bits,
     )
