@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 from dschat.engine.memory_plan import Machine, PlannedModel, find_machine
-from dschat.engine.workload import SCORER, SFT, ModelUse, PassUse
+from dschat.engine.workload import RESPONSE, SCORER, SFT, ModelUse, PassUse, Workload
 from dschat.errors import UserError
 from dschat.models.memory_trace import sft_pass, traced
-from dschat.models.plan import pass_bytes, planned_model
+from dschat.models.plan import make_plan, pass_bytes, planned_model
 from dschat.models.shapes import KNOWN
 from dschat.planning import DOES_NOT_FIT, time_lines
 from tests.families import tiny_config
@@ -51,7 +51,11 @@ def test_what_rests_under_zero_by_hand():
     half = PlannedModel("m", "m", 1000, 100, itemsize=2, zero_stage=2)  # adapters on a frozen trunk
     assert dict(half.resting(CPU)) == {"weights": 2000, "optimizer": 300}
     away = dataclasses.replace(half, offload=True)
-    assert dict(away.resting(GPU)) == {"weights": 2000} and away.on_host(GPU) == 400
+    assert dict(away.resting(GPU)) == {"weights": 2000} and away.on_host(GPU) == (12 + 4 + 2) * 25
+    assert dict(away.resting(CPU)) == {"weights": 2000, "optimizer": 300, "gradients": 100, "buffers": 50}
+    assert away.on_host(CPU) == 0 and dict(away.in_step(CPU)) == {"gradients": 0}
+    frozen = dataclasses.replace(half, num_trained=0, zero_stage=3, offload=True)
+    assert frozen.resting(GPU).total() == 0 and frozen.on_host(GPU) == 500 and frozen.resting(CPU).total() == 500
     assert dict(dataclasses.replace(half, num_trained=0, shares_trunk=True).resting(GPU)) == {"weights": 0}
     assert half.checkpoint == (2 + 12) * 100, "nothing of what is frozen"
     assert half.output == 2 * 1000 and dataclasses.replace(half, saves_adapter=True).output == 2 * 100
@@ -97,6 +101,20 @@ def test_two_depths_tell_of_any_other(kind, checkpointing, tmp_path, tokenizer):
     whole = plan._traced_pass(item, (str(tmp_path), checkpointing, (0, None, "auto", True)), torch.float32, True, 5)
     for one, other in zip(guessed, whole, strict=True):
         assert sum(one.values()) == pytest.approx(sum(other.values()), rel=0.02)
+
+
+def test_the_gradients_of_one_model_wait_while_the_other_trains(tmp_path, tokenizer):
+    """Step 3: the actor's backward pass, then the critic's, then the actor's step, then the critic's."""
+    tiny_config("llama", tokenizer).save_pretrained(tmp_path)
+    uses = [ModelUse("actor", str(tmp_path)), ModelUse("critic", str(tmp_path), is_scorer=True)]
+    passes = [PassUse("actor", "actor", RESPONSE, 2, 16, 8, train=True)]
+    passes += [PassUse("critic", "critic", SCORER, 2, 16, train=True)]
+    plan = make_plan(Workload("", "fp32", uses, passes, 0, (16, "")), CPU)
+    actor, critic = (4 * model.num_weights for model in plan.models)
+    assert [(phase.name, phase.extra["gradients"]) for phase in plan.phases] == [
+        *(("actor: loss", 0), ("actor: gradients", actor), ("actor: step", actor + critic)),
+        *(("critic: loss", actor), ("critic: gradients", actor + critic), ("critic: step", critic)),
+    ]
 
 
 @pytest.mark.parametrize("text", ["x", "8x", "0", "-1x80", "eight"])

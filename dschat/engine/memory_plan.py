@@ -8,7 +8,7 @@ and checked against measured peaks (benchmarks/plan.py, docs/scaling.md). Where 
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dschat.errors import UserError
@@ -121,29 +121,43 @@ class PlannedModel:
         each = self.quantized_bits / 8 + 4 / 64
         return self.itemsize * (self.num_weights - self.num_quantized) + int(each * self.num_quantized)
 
+    def is_away(self, machine: Machine) -> bool:
+        """Whether offload puts its share into another memory; a CPU has but one."""
+        return self.offload and not machine.on_cpu
+
     def resting(self, machine: Machine) -> Bytes:
         """What a rank holds of it from step to step."""
-        ranks = machine.num_ranks
+        ranks, share = machine.num_ranks, self.num_trained // machine.num_ranks
         held: Bytes = Counter({WEIGHTS: self.weight_bytes // (ranks if self.zero_stage == 3 else 1)})
-        if not self.num_trained:
-            return held
-        held[OPTIMIZER] = 8 * self.num_trained if self.zero_stage == 0 else 12 * self.num_trained // ranks
-        if self.zero_stage == 3:
-            held[GRADIENTS] = self.itemsize * self.num_trained // ranks
+        if self.num_trained:
+            held[OPTIMIZER] = 8 * self.num_trained if self.zero_stage == 0 else 12 * share
+        if self.num_trained and self.zero_stage == 3:
+            held[GRADIENTS] = self.itemsize * share
             held[BUFFERS] = self._bucket(machine)
         if self.has_average:
-            held[AVERAGE] = 4 * self.num_trained // (ranks if self.zero_stage == 3 else 1)
-        if self.offload and not machine.on_cpu:
+            held[AVERAGE] = 4 * (share if self.zero_stage == 3 else self.num_trained)
+        if self.is_away(machine):
             for kind in (OPTIMIZER, GRADIENTS, *([WEIGHTS] if self.zero_stage == 3 else [])):
                 held.pop(kind, None)
+        elif self.offload:
+            held += self._of_offload(share)
         return held
 
+    def _of_offload(self, share: int) -> Bytes:
+        """What it keeps all the time, though a step alone needs it: float32 gradients, and below stage 3 the weights
+        on their way from the step to the model."""
+        return Counter({GRADIENTS: 4 * share, BUFFERS: 0 if self.zero_stage == 3 else self.itemsize * share})
+
     def on_host(self, machine: Machine) -> int:
-        """Bytes of a rank that offloading puts into the host's memory."""
-        if not self.offload or machine.on_cpu:
+        """Bytes of a rank that offload puts into the host's memory: what is trained there and its optimizer; at stage
+        3 the weights and gradients as the model has them, below it the gradients of several micro-batches."""
+        if not self.is_away(machine):
             return 0
-        sharded = 12 + 4 + (self.itemsize if self.zero_stage == 3 else 0)  # optimizer, float32 gradient, weights
-        return sharded * self.num_trained // machine.num_ranks
+        share = self.num_trained // machine.num_ranks
+        held = 12 * share + self._of_offload(share).total()
+        if self.zero_stage == 3:
+            return held + self.weight_bytes // machine.num_ranks + self.itemsize * share
+        return held + (self.itemsize * share if self.accumulates else 0)
 
     def in_use(self, machine: Machine) -> Bytes:
         """While it computes, whatever it computes."""
@@ -159,18 +173,24 @@ class PlannedModel:
         if self.zero_stage == 3:
             return Counter({BUFFERS: 2 * min(whole, self.itemsize * BUCKET)})
         reduced = min(whole, self.itemsize * BUCKET) // ranks if ranks > 1 else 0
-        held = share * (2 if self.accumulates else 1)
+        held = 0 if self.offload else share
+        held += share if self.accumulates and not self.is_away(machine) else 0
         return Counter({GRADIENTS: held, BUFFERS: self._bucket(machine) + reduced})
+
+    def waiting(self, machine: Machine) -> Bytes:
+        """The gradients between the backward pass and the step, beside what rests."""
+        found = self.in_backward(machine) if self.num_trained else Counter()
+        return Counter({GRADIENTS: found[GRADIENTS]})
 
     def in_step(self, machine: Machine) -> Bytes:
         """The gradients as the optimizer takes them."""
         ranks, trained = machine.num_ranks, self.num_trained
         if self.zero_stage == 0:
             return Counter({GRADIENTS: 4 * trained, BUFFERS: 4 * min(trained, BUCKET)})
-        share = 0.0 if self.offload and not machine.on_cpu else (self.itemsize + 4) * trained // ranks
+        share = 0 if self.offload else (self.itemsize + 4) * trained // ranks  # offload keeps them all the time
         if self.zero_stage == 1:
             return Counter({GRADIENTS: self.itemsize * trained + share, BUFFERS: self._bucket(machine)})
-        return Counter({GRADIENTS: share if self.zero_stage == 2 else share // 2})
+        return Counter({GRADIENTS: share if self.zero_stage == 2 or self.offload else 4 * trained // ranks})
 
     def _bucket(self, machine: Machine) -> int:
         """Taken whole on a GPU; a CPU gives only the pages that are written."""
@@ -196,6 +216,11 @@ class Phase:
     name: str
     extra: Mapping[str, int]  # at its fullest time
     activations: int = 0  # the most of them at any time
+    is_step: bool = False  # of the optimizer
+
+    def beside(self, others: Bytes) -> "Phase":
+        """The same while others hold so much."""
+        return replace(self, extra=Counter(self.extra) + others)
 
 
 @dataclass(frozen=True)

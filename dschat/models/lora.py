@@ -7,15 +7,15 @@ from types import MethodType
 from typing import Any
 
 from dschat.errors import UserError
-from dschat.models.adapter_files import base_record, require_same_base
+from dschat.models.adapter_files import record_base, require_same_base
 from dschat.report.progress import table
 
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -131,7 +131,7 @@ def save_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dir
     """The adapters and the head, if the model has one, as ``PeftModel.from_pretrained`` reads them; the tokenizer.
 
     ``base`` is the directory or hub name of the trunk, where every loader looks for it, and whose weights are to stay
-    what they are: their fingerprint goes into the header of the file.
+    what they are: their fingerprint is put beside.
     """
     head: Any = getattr(model, "score", None)
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
@@ -143,8 +143,8 @@ def save_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dir
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["classifier", "score"]
     config.save_pretrained(directory)
     path = str(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
-    header = {"format": "pt"} | base_record(base)
-    save_file({f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}, path, header)
+    save_file({f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}, path, {"format": "pt"})
+    record_base(directory, base)
     tokenizer.save_pretrained(directory)
 
 
@@ -199,14 +199,13 @@ def read_adapter(directory: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         raise UserError(f"{directory} holds no {CONFIG_NAME}; give the output of step 2 with --lora_dim")
     try:
         config = PeftConfig.from_pretrained(directory)
-        with safe_open(where / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-            weights, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        weights = load_file(str(where / SAFETENSORS_WEIGHTS_NAME))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{directory}: the adapter cannot be read ({problem}); train it again") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{directory} holds a {config.peft_type} adapter; only LoRA is supported, see --lora_dim")
-    require_same_base(directory, header)
+    require_same_base(directory)
     config.modules_to_save, config.inference_mode = None, True  # the head is read here, and nothing is trained
     return config, {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
 

@@ -57,9 +57,17 @@ def make_plan(work: Workload, machine: Machine) -> Plan:
     models = {role: planned_model(use, dtype) for role, use in uses.items()}
     for use in work.models:
         check_context(find_shape(use.path), *work.longest)
+    trained = [role for role, model in models.items() if model.num_trained]
     phases: list[Phase] = []
     for item in work.passes:
-        phases += phases_of(item, uses[item.role], models[item.role], dtype, machine)
+        # Every model has made its backward pass before the first makes its step.
+        place = trained.index(item.role) if item.train else 0
+        before, after = (
+            sum((models[role].waiting(machine) for role in roles), Counter())
+            for roles in (trained[:place], trained[place + 1 :])
+        )
+        found = phases_of(item, uses[item.role], models[item.role], dtype, machine)
+        phases += [phase.beside(after if phase.is_step else before) for phase in found] if item.train else found
     return Plan(work.title, machine, list(models.values()), phases, work.num_checkpoints)
 
 
@@ -119,7 +127,7 @@ def phases_of(item: PassUse, use: ModelUse, model: PlannedModel, dtype: torch.dt
     return [
         Phase(f"{item.phase}: loss", fullest, activations),
         Phase(f"{item.phase}: gradients", last + gradients),
-        Phase(f"{item.phase}: step", model.in_step(machine)),
+        Phase(f"{item.phase}: step", model.in_step(machine), is_step=True),
     ]
 
 
