@@ -159,7 +159,7 @@ def save_data(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[str, st
 def command(case: Case, folder: Path) -> list[str]:
     tokenizer = tokenizer_of_words()
     dialogues, prompts = save_data(tokenizer, folder)
-    flags: dict[str, Any] = {"dtype": "fp32", "max_steps": 3, "checkpoint_interval": 0, "output_dir": folder / "out"}
+    flags: dict[str, Any] = {"dtype": "fp32", "max_steps": 2, "checkpoint_interval": 0, "output_dir": folder / "out"}
     flags |= {"data_output_path": folder / "cache", "seed": 1}
     model = save_shape(case.size, tokenizer, folder, "model")
     if case.stage == "ppo":

@@ -9,7 +9,12 @@ from tests.programs import arguments, program, run
 
 import pytest
 
-SUPERVISED = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+SUPERVISED = {
+    "max_steps": 3,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}
 PPO = {"max_steps": 2, "per_device_training_batch_size": 4, "gradient_accumulation_steps": 2}
 BOTH_FROZEN = {"offload_reference_model": True, "offload_reward_model": True}
 MEASURED = ("loss", "policy/loss", "critic/loss", "grad_norm", "policy/grad_norm", "objective/kl_per_seq")

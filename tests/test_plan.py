@@ -97,8 +97,9 @@ def test_two_depths_tell_of_any_other(kind, checkpointing, tmp_path, tokenizer):
     config.num_hidden_layers, config.layer_types = 5, None
     config.save_pretrained(tmp_path)
     item = PassUse("", "model", kind, 8, 64, train=True)
-    guessed = pass_bytes(item, ModelUse("model", str(tmp_path), checkpointing=checkpointing), torch.float32, True)
-    whole = plan._traced_pass(item, (str(tmp_path), checkpointing, (0, None, "auto", True)), torch.float32, True, 5)
+    guessed = pass_bytes(item, ModelUse("model", str(tmp_path), checkpointing=checkpointing), torch.float32, False)
+    shape = (str(tmp_path), checkpointing, (0, None, "auto", True), False)
+    whole = plan._traced_pass(item, shape, torch.float32, False, False, 5)
     for one, other in zip(guessed, whole, strict=True):
         assert sum(one.values()) == pytest.approx(sum(other.values()), rel=0.02)
 

@@ -18,14 +18,12 @@ import torch
 WEIGHTS, GATHERED, OPTIMIZER, AVERAGE = "weights", "gathered weights", "optimizer", "moving average"
 ACTIVATIONS, LOGITS, GRADIENTS, CACHE = "activations", "logits", "gradients", "KV cache"
 BUFFERS, LIBRARIES = "buffers", "libraries"
+LARGE = "large tensors"  # of a pass on a CPU, which are not in its heap
 BUCKET, BUCKET_PADDING = 500_000_000, 2**20  # elements of a gradient bucket: at most; for what pads a shard
 MAX_LIVE = 1_000_000_000  # DeepSpeed's default: weights that stay gathered at stage 3
 # CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): what remains of
 # a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
 RUNNING_LIBRARIES = 100e6
-# Fragments of the heap and buffers of matrix products, on top of what comes and goes: fitted to the first five runs of
-# benchmarks/plan.py.
-CPU_WASTE = 1.15
 GPU_LIBRARIES = 1.5e9  # CUDA's context and kernels, NCCL's buffers, cuBLAS's workspace: assumed, not measured
 RANKS_PER_NODE = 8
 Bytes = Counter[str]  # by kind
@@ -187,10 +185,15 @@ class PlannedModel:
         ranks, trained = machine.num_ranks, self.num_trained
         if self.zero_stage == 0:
             return Counter({GRADIENTS: 4 * trained, BUFFERS: 4 * min(trained, BUCKET)})
-        share = 0 if self.offload else (self.itemsize + 4) * trained // ranks  # offload keeps them all the time
+        share = 0 if self.offload else trained // ranks  # offload keeps them all the time
+        if self.zero_stage == 3:
+            return Counter({GRADIENTS: 4 * share})
+        # Of the reduced gradients a flat copy, and in half precision one more in float32.
+        flat = (4 + (self.itemsize if self.itemsize < 4 else 0)) * share
         if self.zero_stage == 1:
-            return Counter({GRADIENTS: self.itemsize * trained + share, BUFFERS: self._bucket(machine)})
-        return Counter({GRADIENTS: share if self.zero_stage == 2 or self.offload else 4 * trained // ranks})
+            whole = self.itemsize * trained + self.itemsize * share
+            return Counter({GRADIENTS: whole, BUFFERS: flat + self._bucket(machine)})
+        return Counter({GRADIENTS: self.itemsize * share, BUFFERS: flat})
 
     def _bucket(self, machine: Machine) -> int:
         """Taken whole on a GPU; a CPU gives only the pages that are written."""
@@ -242,14 +245,14 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """Bytes that freed activations hold on to. A CPU's allocator gives tensors of many MB back to the system, but
-        keeps the place of smaller ones, as activations are, for the next of them."""
+        """Bytes of the heap at its largest. A CPU's allocator keeps the place of small tensors that were let go, as
+        most activations are, and fills it with others; large ones it gives back to the system."""
         return max(phase.activations for phase in self.phases) if self.machine.on_cpu else 0
 
     def bytes_of(self, phase: Phase) -> float:
         own = Counter(phase.extra)
-        own[ACTIVATIONS] = max(own[ACTIVATIONS], self.kept)
-        return self.resting.total() + (CPU_WASTE if self.machine.on_cpu else 1.0) * own.total()
+        in_heap = own[ACTIVATIONS] + own[GRADIENTS] + own[CACHE]
+        return self.resting.total() + own.total() + max(0, self.kept - in_heap)
 
     @property
     def fullest(self) -> Phase:
