@@ -70,7 +70,7 @@ def stages(stage: int) -> dict[str, int]:
     return {"actor_zero_stage": stage, "critic_zero_stage": stage}
 
 
-FITTED = [  # the two constants of engine/memory_plan.py are fitted to the first five
+FITTED = [  # engine/memory_plan.py's RUNNING_LIBRARIES is fitted to the first
     Case("sft", "small", flags=rows(4)),
     Case("sft", "large", flags=rows(4)),
     Case("sft", "large", flags=rows(16, gradient_checkpointing=True)),

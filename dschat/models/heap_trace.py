@@ -1,11 +1,11 @@
 """What a pass takes of a CPU's memory: the trace of memory_trace.py, which asks the allocator for all that it counts.
 
-A process does not shrink to what it uses. glibc gives large pieces back to the system, but of smaller ones it keeps the
-place, and an aligned piece, as torch asks for, fills a hole of its own size only while nothing small has settled in the
-gaps beside it: what autograd notes of each operation does. How large the heap gets so depends on the order in which
-pieces are made and let go (with adapters, 2.5 times what it held). So they are asked for, in that order, while autograd
-makes its notes, and never written to: an untouched page costs nothing. Where the C library is another one, pieces are
-only counted.
+A process does not shrink to what it uses. glibc gives large pieces back to the system, but of smaller ones it keeps
+the place, and an aligned piece, as torch asks for, fills a hole of its own size only while nothing small has
+settled in the gaps beside it: what autograd notes of each operation does. How large the heap gets so depends on the
+order in which pieces are made and let go (with adapters, 2.5 times what it held). So they are asked for, in that
+order, while autograd makes its notes, and never written to: an untouched page costs nothing. Where the C library is
+another one, they are only counted.
 """
 
 import ctypes
