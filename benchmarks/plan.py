@@ -1,7 +1,7 @@
 """The plan of --dry_run beside the measured peak of the same run, on this machine's CPU.
 
     python benchmarks/plan.py                       all configurations, a table
-    python benchmarks/plan.py --only sft reward     those whose name begins so
+    python benchmarks/plan.py --only sft reward     those whose name begins so; a whole name: that one
 
 Models have random weights; every row of the data is as long as the limit, all of it answer, which is what a plan
 assumes. The measured figure is rank 0's ru_maxrss.
@@ -22,6 +22,7 @@ from typing import Any
 from dschat.data.templates import encode_answers, encode_prompt
 from dschat.data.tokenizer import train_tokenizer
 from dschat.models.load import save_model
+from dschat.models.lora import LoraSpec, add_lora
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ STEPS = {
     "ppo": "step3_rlhf_finetuning",
 }
 # width, layers, vocabulary
-SHAPES = {"small": (256, 4, 4096), "middle": (512, 8, 16000), "large": (768, 8, 16000)}
+SHAPES = {"small": (256, 4, 4096), "middle": (512, 8, 16000), "large": (768, 8, 16000), "deep": (640, 12, 8000)}
 LENGTH = 256
 
 
@@ -52,19 +53,52 @@ class Case:
         return f"{self.stage} {self.size}{ranks}: {', '.join(words)}"
 
 
-CASES = [
-    Case("sft", "small", flags={"per_device_train_batch_size": 4}),
-    Case("sft", "large", flags={"per_device_train_batch_size": 4}),
-    Case("sft", "large", flags={"per_device_train_batch_size": 16, "gradient_checkpointing": True}),
-    Case("sft", "large", 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "zero_stage": 2}),
-    Case("sft", "large", 2, {"per_device_train_batch_size": 2, "zero_stage": 3}),
-    Case("sft", "large", flags={"per_device_train_batch_size": 2, "dtype": "bf16"}),
-    Case("sft", "large", flags={"per_device_train_batch_size": 4, "lora_dim": 16}),
-    Case("reward", "large", flags={"per_device_train_batch_size": 4}),
-    Case("dpo", "large", flags={"per_device_train_batch_size": 2}),
-    Case("ppo", "middle", flags={"per_device_training_batch_size": 8}),
-    Case("ppo", "middle", 2, {"per_device_training_batch_size": 4, "actor_zero_stage": 2, "critic_zero_stage": 2}),
+def rows(number: int, **more: Any) -> dict[str, Any]:
+    """The flags of a case of step 1, 2 or DPO."""
+    return {"per_device_train_batch_size": number} | more
+
+
+def answers(number: int, **more: Any) -> dict[str, Any]:
+    """Those of step 3, which samples 16 at once."""
+    return {"per_device_training_batch_size": number} | more
+
+
+LORA = {"actor_lora_dim": 16, "critic_lora_dim": 16}
+
+
+def stages(stage: int) -> dict[str, int]:
+    return {"actor_zero_stage": stage, "critic_zero_stage": stage}
+
+
+FITTED = [  # engine/memory_plan.py's RUNNING_LIBRARIES is fitted to the first
+    Case("sft", "small", flags=rows(4)),
+    Case("sft", "large", flags=rows(4)),
+    Case("sft", "large", flags=rows(16, gradient_checkpointing=True)),
+    Case("sft", "large", 2, rows(2, gradient_accumulation_steps=2, zero_stage=2)),
+    Case("sft", "large", 2, rows(2, zero_stage=3)),
+    Case("sft", "large", flags=rows(4, lora_dim=16)),
 ]
+MENDED = [  # looked at while the arithmetic was mended
+    Case("sft", "large", flags=rows(2, dtype="bf16")),
+    Case("reward", "large", flags=rows(4)),
+    Case("dpo", "large", flags=rows(2)),
+    Case("ppo", "middle", flags=answers(8)),
+    Case("ppo", "middle", flags=answers(8, **LORA)),
+    Case("ppo", "middle", 2, answers(4, **stages(2))),
+]
+HELD_OUT = [
+    Case("sft", "middle", flags=rows(8, dtype="bf16", gradient_checkpointing=True)),
+    Case("sft", "deep", flags=rows(8, dtype="bf16")),
+    Case("reward", "deep", flags=rows(6, dtype="bf16")),
+    Case("reward", "middle", 2, rows(4, zero_stage=1)),
+    Case("dpo", "deep", flags=rows(4, dtype="bf16", gradient_checkpointing=True)),
+    Case("dpo", "middle", 2, rows(2, zero_stage=3, dtype="bf16")),
+    Case("ppo", "deep", flags=answers(4, dtype="bf16")),
+    Case("ppo", "deep", flags=answers(4, share_trunk=True, **LORA)),
+    Case("ppo", "deep", 2, answers(4, **stages(3))),
+    Case("ppo", "deep", 2, answers(4, offload=True, **stages(2))),
+]
+CASES = [*FITTED, *MENDED, *HELD_OUT]
 
 
 WORDS = [first + second for first in "bcdfghklmn" for second in "aeiou"]  # each becomes one token
@@ -74,7 +108,8 @@ def tokenizer_of_words() -> PreTrainedTokenizerBase:
     return train_tokenizer(["\n\nHuman: " + " ".join(WORDS) + "\n\nAssistant: " + " ".join(WORDS)] * 20, 600)
 
 
-def save_shape(size: str, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_scorer: bool) -> str:
+def save_shape(size: str, tokenizer: PreTrainedTokenizerBase, folder: Path, kind: str) -> str:
+    """``kind``: model, scorer, or adapter, a reward adapter on the model, which is there."""
     width, layers, vocabulary = SHAPES[size]
     config = LlamaConfig(
         hidden_size=width,
@@ -91,11 +126,11 @@ def save_shape(size: str, tokenizer: PreTrainedTokenizerBase, folder: Path, *, i
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = (LlamaForSequenceClassification if is_scorer else LlamaForCausalLM)(config)
-    path = folder / f"{size}-{'scorer' if is_scorer else 'model'}"
-    if not path.exists():
-        save_model(model, tokenizer, str(path))
-    return str(path)
+    model = (LlamaForCausalLM if kind == "model" else LlamaForSequenceClassification)(config)
+    if kind == "adapter":
+        add_lora(model, LoraSpec(LORA["critic_lora_dim"]))
+    save_model(model, tokenizer, str(folder / kind), str(folder / "model") if kind == "adapter" else None)
+    return str(folder / kind)
 
 
 def save_data(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[str, str]:
@@ -111,29 +146,29 @@ def save_data(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[str, st
 
     missing = LENGTH - size(words(0, 3), words(0, 3))
     prompt = LENGTH // 2 - len(encode_prompt(tokenizer, [{"role": "user", "content": words(0, 3)}]))
-    rows, prompts = folder / "rows.jsonl", folder / "prompts.jsonl"
-    with open(rows, "w") as file, open(prompts, "w") as other:
+    paths = folder / "rows.jsonl", folder / "prompts.jsonl"
+    with open(paths[0], "w") as file, open(paths[1], "w") as other:
         for number in range(48):
             answers = {"chosen": words(1, 3 + missing), "rejected": words(2, 3 + missing)}
             file.write(json.dumps({"prompt": words(number, 3)} | answers) + "\n")
             other.write(json.dumps({"prompt": words(number, 3 + prompt)}) + "\n")
     assert size(words(9, 3), words(1, 3 + missing)) == LENGTH
-    return str(rows), str(prompts)
+    return str(paths[0]), str(paths[1])
 
 
 def command(case: Case, folder: Path) -> list[str]:
     tokenizer = tokenizer_of_words()
-    rows, prompts = save_data(tokenizer, folder)
-    flags: dict[str, Any] = {"dtype": "fp32", "max_steps": 3, "checkpoint_interval": 0, "output_dir": folder / "out"}
+    dialogues, prompts = save_data(tokenizer, folder)
+    flags: dict[str, Any] = {"dtype": "fp32", "max_steps": 2, "checkpoint_interval": 0, "output_dir": folder / "out"}
     flags |= {"data_output_path": folder / "cache", "seed": 1}
-    model = save_shape(case.size, tokenizer, folder, is_scorer=False)
+    model = save_shape(case.size, tokenizer, folder, "model")
     if case.stage == "ppo":
-        reward = save_shape(case.size, tokenizer, folder, is_scorer=True)
+        reward = save_shape(case.size, tokenizer, folder, "adapter" if "share_trunk" in case.flags else "scorer")
         flags |= {"actor_model_name_or_path": model, "critic_model_name_or_path": reward, "data_path": prompts}
         flags |= {"max_prompt_seq_len": LENGTH // 2, "max_answer_seq_len": LENGTH // 2, "max_eval_samples": 8}
         flags |= {"per_device_generation_batch_size": 16, "data_split": "0,0,1", "normalize_reward": False}
     else:
-        flags |= {"model_name_or_path": model, "data_path": rows, "max_seq_len": LENGTH, "max_eval_samples": 4}
+        flags |= {"model_name_or_path": model, "data_path": dialogues, "max_seq_len": LENGTH, "max_eval_samples": 4}
         flags |= {"per_device_eval_batch_size": 2, "data_split": "1,0,0" if case.stage == "sft" else "0,1,0"}
     words = [sys.executable, str(ROOT / "training" / STEPS[case.stage] / "main.py")]
     for name, value in (flags | case.flags).items():

@@ -263,6 +263,7 @@ class SupervisedFlags(RunFlags, DataFlags, LoraModeFlags):
             accumulates=self.gradient_accumulation_steps > 1,
             offload=self.offload,
             lora=self.lora_shape(),
+            saves_adapter=self.lora_dim > 0 and not self.lora_save_merged,
             quantized_bits=4 if self.load_in_4bit else 8 if self.load_in_8bit else 0,
         )
         passes = [PassUse("train", "model", kind, rows, length, response_size, train=True)]

@@ -1,6 +1,7 @@
 """Adapters on policies, critics and one trunk of four models: what is trained, saved, merged and kept as it was."""
 
 import json
+import shutil
 from pathlib import Path
 
 from dschat.data.tokenizer import load_tokenizer
@@ -8,9 +9,10 @@ from dschat.engine.deepspeed_engine import TrainSpec, backward
 from dschat.engine.distributed import init_runtime
 from dschat.errors import UserError
 from dschat.functional import listwise_ranking_loss, sft_loss
+from dschat.models.adapter_files import BASE_RECORD
 from dschat.models.forward import model_inputs
 from dschat.models.load import load_causal_lm, load_scorer, load_trained_scorer, save_model
-from dschat.models.lora import NAME, LoraSpec, add_lora, merged_copy
+from dschat.models.lora import NAME, LoraSpec, add_lora, merged_copy, read_adapter
 from dschat.models.packed import token_logits
 from dschat.models.scorer import Scorer, last_token_values
 from dschat.models.trunk import shared_copy
@@ -26,7 +28,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 FP32 = torch.float32
 DIM = 4
@@ -176,6 +178,49 @@ def test_a_base_that_is_gone_is_told(model_dirs, tokenizer, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="which is not there; put it back, or correct base_model_name_or_path"):
         load_causal_lm(str(tmp_path), tokenizer, dtype=FP32)
+
+
+def test_a_base_that_was_changed_in_place_is_told(model_dirs, tokenizer, tmp_path):
+    """By whoever loads the adapter; what is no weight may change, and so may the place."""
+    base, adapter, upper = (tmp_path / name for name in ("base", "adapter", "upper"))
+    shutil.copytree(model_dirs("llama"), base)
+    save_model(adapted(load_causal_lm(str(base), tokenizer, dtype=FP32)), tokenizer, str(adapter), str(base))
+    save_model(adapted(load_causal_lm(str(adapter), tokenizer, dtype=FP32)), tokenizer, str(upper), str(adapter))
+    expected = logits_of(load_causal_lm(str(upper), tokenizer, dtype=FP32), tokenizer)
+    (base / "generation_config.json").write_text("{}")
+    assert torch.equal(logits_of(load_causal_lm(str(upper), tokenizer, dtype=FP32), tokenizer), expected)
+    shutil.copytree(base, tmp_path / "copy")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for load, path in ((load_causal_lm, adapter), (load_causal_lm, upper), (load_scorer, adapter)):
+        with pytest.raises(UserError, match=rf"{adapter} is a LoRA adapter on {base}, whose weights are no longer th"):
+            load(str(path), tokenizer, dtype=FP32)
+    config = adapter / "adapter_config.json"
+    moved = {"base_model_name_or_path": str(tmp_path / "copy")}
+    config.write_text(json.dumps(json.loads(config.read_text()) | moved))
+    assert torch.equal(logits_of(load_causal_lm(str(upper), tokenizer, dtype=FP32), tokenizer), expected)
+
+
+@pytest.mark.parametrize("has_files", [False, True])
+def test_of_a_hub_name_only_files_that_are_here_are_looked_at(has_files, model_dirs, tokenizer, tmp_path, monkeypatch):
+    """The cache of the hub as its own library lays it out, with weights and without."""
+    root = tmp_path / "hub" / "models--some--model"
+    snapshot = root / "snapshots" / ("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    if has_files:
+        shutil.copytree(model_dirs("llama"), snapshot)
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text("0" * 40)
+    adapter = str(tmp_path / "adapter")
+    model = adapted(load_causal_lm(model_dirs("llama"), tokenizer, dtype=FP32))
+    save_model(model, tokenizer, adapter, "some/model")
+    assert Path(adapter, BASE_RECORD).exists() == has_files
+    read_adapter(adapter)
+    if has_files:
+        (snapshot / "model.safetensors").write_bytes(b"other")
+        with pytest.raises(UserError, match="on some/model, whose weights are no longer those"):
+            read_adapter(adapter)
 
 
 def test_new_rows_of_the_embeddings_are_the_same_every_time(model_dirs, tokenizer):

@@ -4,10 +4,11 @@ import dataclasses
 import json
 
 from dschat.engine.memory_plan import Machine, PlannedModel, find_machine
-from dschat.engine.workload import SCORER, SFT, ModelUse, PassUse
+from dschat.engine.workload import RESPONSE, SCORER, SFT, ModelUse, PassUse, Workload
 from dschat.errors import UserError
+from dschat.models.heap_trace import MAPPED, heap_traced
 from dschat.models.memory_trace import sft_pass, traced
-from dschat.models.plan import pass_bytes, planned_model
+from dschat.models.plan import make_plan, pass_bytes, planned_model
 from dschat.models.shapes import KNOWN
 from dschat.planning import DOES_NOT_FIT, time_lines
 from tests.families import tiny_config
@@ -51,9 +52,16 @@ def test_what_rests_under_zero_by_hand():
     half = PlannedModel("m", "m", 1000, 100, itemsize=2, zero_stage=2)  # adapters on a frozen trunk
     assert dict(half.resting(CPU)) == {"weights": 2000, "optimizer": 300}
     away = dataclasses.replace(half, offload=True)
-    assert dict(away.resting(GPU)) == {"weights": 2000} and away.on_host(GPU) == 400
+    assert dict(away.resting(GPU)) == {"weights": 2000} and away.on_host(GPU) == (12 + 4 + 2) * 25
+    assert dict(away.resting(CPU)) == {"weights": 2000, "optimizer": 300, "gradients": 100, "buffers": 50}
+    assert away.on_host(CPU) == 0 and away.in_step(CPU).total() == 0
+    frozen = dataclasses.replace(half, num_trained=0, zero_stage=3, offload=True)
+    assert frozen.resting(GPU).total() == 0 and frozen.on_host(GPU) == 500 and frozen.resting(CPU).total() == 500
     assert dict(dataclasses.replace(half, num_trained=0, shares_trunk=True).resting(GPU)) == {"weights": 0}
-    assert half.checkpoint == 2 * 1000 + 12 * 100
+    assert half.checkpoint == (2 + 12) * 100, "nothing of what is frozen"
+    assert half.output == 2 * 1000 and dataclasses.replace(half, saves_adapter=True).output == 2 * 100
+    average = dataclasses.replace(half, has_average=True)
+    assert average.checkpoint == (2 + 12 + 4) * 100 and average.output == 2 * 2 * 1000
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "bloom"])
@@ -81,6 +89,24 @@ def test_the_trace_counts_what_a_real_pass_saves(family, tokenizer):
     assert fullest["logits"] >= 2 * logits.nbytes, "they and their gradient"
 
 
+def test_the_heap_of_a_pass_is_that_of_its_pieces_and_more(tokenizer):
+    """What is asked of the allocator: every small piece, whose place it keeps, and what is too large for the heap; at
+    the end, where they are kept, the gradients."""
+    config = tiny_config("llama", tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counted = traced(model, config.vocab_size, sft_pass(model, 64, 128), on_cpu=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = heap_traced(model, sft_pass(model, 64, 128), keeps_gradients=True, num_passes=2)
+    live = max(sum(moment.values()) for moment in counted)
+    assert live < max(sum(moment.values()) for moment in found) < 3 * live
+    logits = 4 * 64 * 128 * config.vocab_size
+    large = max(moment.get("large tensors", 0) for moment in found)
+    assert (large >= 2 * logits) == (logits >= MAPPED)
+    assert found[2]["activations"] >= 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(("kind", "checkpointing"), [(SFT, False), (SFT, True), (SCORER, True)])
 def test_two_depths_tell_of_any_other(kind, checkpointing, tmp_path, tokenizer):
     """A model of 5 layers, by extrapolation, against its own pass traced whole."""
@@ -90,10 +116,26 @@ def test_two_depths_tell_of_any_other(kind, checkpointing, tmp_path, tokenizer):
     config.num_hidden_layers, config.layer_types = 5, None
     config.save_pretrained(tmp_path)
     item = PassUse("", "model", kind, 8, 64, train=True)
-    guessed = pass_bytes(item, ModelUse("model", str(tmp_path), checkpointing=checkpointing), torch.float32, True)
-    whole = plan._traced_pass(item, (str(tmp_path), checkpointing, (0, None, "auto", True)), torch.float32, True, 5)
+    guessed = pass_bytes(item, ModelUse("model", str(tmp_path), checkpointing=checkpointing), torch.float32, False)
+    shape = (str(tmp_path), checkpointing, (0, None, "auto", True), False)
+    whole = plan._traced_pass(item, shape, torch.float32, False, False, 5)
     for one, other in zip(guessed, whole, strict=True):
         assert sum(one.values()) == pytest.approx(sum(other.values()), rel=0.02)
+
+
+def test_the_gradients_of_one_model_wait_while_the_other_trains(tmp_path, tokenizer):
+    """Step 3: the actor's backward pass, then the critic's, then the actor's step, then the critic's. (On a CPU a pass
+    has its own in it.)"""
+    tiny_config("llama", tokenizer).save_pretrained(tmp_path)
+    uses = [ModelUse("actor", str(tmp_path)), ModelUse("critic", str(tmp_path), is_scorer=True)]
+    passes = [PassUse("actor", "actor", RESPONSE, 2, 16, 8, train=True)]
+    passes += [PassUse("critic", "critic", SCORER, 2, 16, train=True)]
+    plan = make_plan(Workload("", "fp32", uses, passes, 0, (16, "")), GPU)
+    actor, critic = (4 * model.num_weights for model in plan.models)
+    assert [(phase.name, phase.extra["gradients"]) for phase in plan.phases] == [
+        *(("actor: loss", 0), ("actor: gradients", actor), ("actor: step", actor + critic)),
+        *(("critic: loss", actor), ("critic: gradients", actor + critic), ("critic: step", critic)),
+    ]
 
 
 @pytest.mark.parametrize("text", ["x", "8x", "0", "-1x80", "eight"])

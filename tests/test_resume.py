@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 from tests.programs import STEPS, arguments, run
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -99,6 +100,28 @@ def test_a_run_stopped_every_few_points_ends_as_one_that_never_was(
     seconds = [json.loads((tmp_path / name / "run.json").read_text())["seconds"] for name in ("whole", "stopped")]
     assert seconds[1] > seconds[0] * 0.5
     assert not list_checkpoints(tmp_path / "stopped" / "checkpoints")
+
+
+@pytest.mark.parametrize("rounded", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=["", "4bit", "8bit"])
+def test_a_checkpoint_under_adapters_holds_what_is_trained_alone(
+    rounded, flags, model_dirs, data_file, cache_dir, tmp_path, monkeypatch
+):
+    """Of a model whose embeddings have a second name; and the run goes on exactly."""
+    base = model_dirs("gpt2")
+    lora = {"model_name_or_path": base, "lora_dim": 1, "lora_learning_rate": 1e-2} | rounded
+    lora = flags["sft"] | lora
+    run("sft", data_file, cache_dir, tmp_path / "whole", **lora)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped):
+            run("sft", data_file, cache_dir, tmp_path / "stopped", **lora)
+    [newest, *_] = list_checkpoints(tmp_path / "stopped" / "checkpoints")
+    saved = torch.load(newest / "model/state/mp_rank_00_model_states.pt", weights_only=True)
+    assert len(saved["module"]) == 2 * 2 * 4 and all(".lora_" in name for name in saved["module"])
+    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    assert size < (Path(base) / "model.safetensors").stat().st_size
+    run("sft", data_file, cache_dir, tmp_path / "stopped", **lora)
+    assert kill_fuzz.results(tmp_path / "stopped") == kill_fuzz.results(tmp_path / "whole")
 
 
 def test_a_real_sigterm_ends_a_process_with_143_and_one_line(flags, data_file, cache_dir, tmp_path):
@@ -242,8 +265,6 @@ def test_a_finished_run_is_not_repeated_nor_replaced_by_another(interrupted, tmp
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     flags, data_file, cache_dir, tmp_path, monkeypatch, capsys
 ):
-    import torch
-
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 

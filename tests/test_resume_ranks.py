@@ -6,14 +6,19 @@ import shutil
 from tests.ranks import launch
 
 import pytest
+import torch
 
 DRIVER = "tests.resume_driver"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(root):
     """Results by number of ranks and case."""
-    root = tmp_path_factory.mktemp("ranks")
     launch(DRIVER, 2, str(root), ",".join(f"write:{stage}" for stage in range(4)))
     for stage in range(4):  # the checkpoint of step 3 is the one to go on from
         shutil.rmtree(root / f"zero{stage}" / "checkpoints" / "step_00000006")
@@ -31,6 +36,16 @@ def test_two_ranks_go_on_bit_for_bit(found, stage):
     whole, continued = found[2][f"write:{stage}"], found[2][f"read:{stage}:{stage}"]
     assert len(continued) == 7 and continued == whole[6:]
     assert len(set(whole)) == len(whole)  # everything moves
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_no_rank_writes_what_is_frozen(found, root, stage):
+    files = sorted((root / f"zero{stage}" / "checkpoints" / "step_00000003").rglob("*model_states.pt"))
+    assert len(files) == (2 if stage == 3 else 1)
+    for file in files:
+        saved = torch.load(file, weights_only=True)
+        assert {name.split(".")[0] for name in saved["module"]} == {"layers"}
+        assert not saved["frozen_param_fragments"]
 
 
 @pytest.mark.parametrize("now", range(4))

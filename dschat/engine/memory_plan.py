@@ -8,7 +8,7 @@ and checked against measured peaks (benchmarks/plan.py, docs/scaling.md). Where 
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dschat.errors import UserError
@@ -18,14 +18,12 @@ import torch
 WEIGHTS, GATHERED, OPTIMIZER, AVERAGE = "weights", "gathered weights", "optimizer", "moving average"
 ACTIVATIONS, LOGITS, GRADIENTS, CACHE = "activations", "logits", "gradients", "KV cache"
 BUFFERS, LIBRARIES = "buffers", "libraries"
+LARGE = "large tensors"  # of a pass on a CPU, which are not in its heap
 BUCKET, BUCKET_PADDING = 500_000_000, 2**20  # elements of a gradient bucket: at most; for what pads a shard
 MAX_LIVE = 1_000_000_000  # DeepSpeed's default: weights that stay gathered at stage 3
 # CPU: what the libraries take beyond their import, once they run (thread pools, kernels, tensorboard): what remains of
 # a run of the smallest model, `python benchmarks/plan.py --only "sft small"`.
 RUNNING_LIBRARIES = 100e6
-# Fragments of the heap and buffers of matrix products, on top of what comes and goes: fitted to the first five runs of
-# benchmarks/plan.py.
-CPU_WASTE = 1.15
 GPU_LIBRARIES = 1.5e9  # CUDA's context and kernels, NCCL's buffers, cuBLAS's workspace: assumed, not measured
 RANKS_PER_NODE = 8
 Bytes = Counter[str]  # by kind
@@ -109,6 +107,7 @@ class PlannedModel:
     offload: bool = False
     has_average: bool = False
     shares_trunk: bool = False  # only what is trained is its own
+    saves_adapter: bool = False  # and not the whole model
     num_quantized: int = 0  # of the weights, to ``quantized_bits``
     quantized_bits: int = 0
 
@@ -120,29 +119,43 @@ class PlannedModel:
         each = self.quantized_bits / 8 + 4 / 64
         return self.itemsize * (self.num_weights - self.num_quantized) + int(each * self.num_quantized)
 
+    def is_away(self, machine: Machine) -> bool:
+        """Whether offload puts its share into another memory; a CPU has but one."""
+        return self.offload and not machine.on_cpu
+
     def resting(self, machine: Machine) -> Bytes:
         """What a rank holds of it from step to step."""
-        ranks = machine.num_ranks
+        ranks, share = machine.num_ranks, self.num_trained // machine.num_ranks
         held: Bytes = Counter({WEIGHTS: self.weight_bytes // (ranks if self.zero_stage == 3 else 1)})
-        if not self.num_trained:
-            return held
-        held[OPTIMIZER] = 8 * self.num_trained if self.zero_stage == 0 else 12 * self.num_trained // ranks
-        if self.zero_stage == 3:
-            held[GRADIENTS] = self.itemsize * self.num_trained // ranks
+        if self.num_trained:
+            held[OPTIMIZER] = 8 * self.num_trained if self.zero_stage == 0 else 12 * share
+        if self.num_trained and self.zero_stage == 3:
+            held[GRADIENTS] = self.itemsize * share
             held[BUFFERS] = self._bucket(machine)
         if self.has_average:
-            held[AVERAGE] = 4 * self.num_trained // (ranks if self.zero_stage == 3 else 1)
-        if self.offload and not machine.on_cpu:
+            held[AVERAGE] = 4 * (share if self.zero_stage == 3 else self.num_trained)
+        if self.is_away(machine):
             for kind in (OPTIMIZER, GRADIENTS, *([WEIGHTS] if self.zero_stage == 3 else [])):
                 held.pop(kind, None)
+        elif self.offload:
+            held += self._of_offload(share)
         return held
 
+    def _of_offload(self, share: int) -> Bytes:
+        """What it keeps all the time, though a step alone needs it: float32 gradients, and below stage 3 the weights
+        on their way from the step to the model."""
+        return Counter({GRADIENTS: 4 * share, BUFFERS: 0 if self.zero_stage == 3 else self.itemsize * share})
+
     def on_host(self, machine: Machine) -> int:
-        """Bytes of a rank that offloading puts into the host's memory."""
-        if not self.offload or machine.on_cpu:
+        """Bytes of a rank that offload puts into the host's memory: what is trained there and its optimizer; at stage
+        3 the weights and gradients as the model has them, below it the gradients of several micro-batches."""
+        if not self.is_away(machine):
             return 0
-        sharded = 12 + 4 + (self.itemsize if self.zero_stage == 3 else 0)  # optimizer, float32 gradient, weights
-        return sharded * self.num_trained // machine.num_ranks
+        share = self.num_trained // machine.num_ranks
+        held = 12 * share + self._of_offload(share).total()
+        if self.zero_stage == 3:
+            return held + self.weight_bytes // machine.num_ranks + self.itemsize * share
+        return held + (self.itemsize * share if self.accumulates else 0)
 
     def in_use(self, machine: Machine) -> Bytes:
         """While it computes, whatever it computes."""
@@ -158,18 +171,29 @@ class PlannedModel:
         if self.zero_stage == 3:
             return Counter({BUFFERS: 2 * min(whole, self.itemsize * BUCKET)})
         reduced = min(whole, self.itemsize * BUCKET) // ranks if ranks > 1 else 0
-        held = share * (2 if self.accumulates else 1)
+        held = 0 if self.offload else share
+        held += share if self.accumulates and not self.is_away(machine) else 0
         return Counter({GRADIENTS: held, BUFFERS: self._bucket(machine) + reduced})
+
+    def waiting(self, machine: Machine) -> Bytes:
+        """The gradients between the backward pass and the step, beside what rests."""
+        found = self.in_backward(machine) if self.num_trained else Counter()
+        return Counter({GRADIENTS: found[GRADIENTS]})
 
     def in_step(self, machine: Machine) -> Bytes:
         """The gradients as the optimizer takes them."""
         ranks, trained = machine.num_ranks, self.num_trained
         if self.zero_stage == 0:
             return Counter({GRADIENTS: 4 * trained, BUFFERS: 4 * min(trained, BUCKET)})
-        share = 0.0 if self.offload and not machine.on_cpu else (self.itemsize + 4) * trained // ranks
+        share = 0 if self.offload else trained // ranks  # offload keeps them all the time
+        if self.zero_stage == 3:
+            return Counter({GRADIENTS: 4 * share})
+        # Of the reduced gradients a flat copy, and in half precision one more in float32.
+        flat = (4 + (self.itemsize if self.itemsize < 4 else 0)) * share
         if self.zero_stage == 1:
-            return Counter({GRADIENTS: self.itemsize * trained + share, BUFFERS: self._bucket(machine)})
-        return Counter({GRADIENTS: share if self.zero_stage == 2 else share // 2})
+            whole = self.itemsize * trained + self.itemsize * share
+            return Counter({GRADIENTS: whole, BUFFERS: flat + self._bucket(machine)})
+        return Counter({GRADIENTS: self.itemsize * share, BUFFERS: flat})
 
     def _bucket(self, machine: Machine) -> int:
         """Taken whole on a GPU; a CPU gives only the pages that are written."""
@@ -178,8 +202,14 @@ class PlannedModel:
 
     @property
     def checkpoint(self) -> int:
-        """On disk, of all ranks together: the weights, and of trained ones three float32 numbers more."""
-        return self.weight_bytes + 12 * self.num_trained if self.num_trained else 0
+        """On disk, of all ranks together: what is trained, three float32 numbers more of it, and their average."""
+        return (self.itemsize + 12 + (4 if self.has_average else 0)) * self.num_trained
+
+    @property
+    def output(self) -> int:
+        """On disk, at the end: the whole model or its adapters, and a second time as their average."""
+        size = self.num_trained if self.saves_adapter else self.num_weights
+        return self.itemsize * size * (2 if self.has_average else 1) if self.num_trained else 0
 
 
 @dataclass(frozen=True)
@@ -189,6 +219,11 @@ class Phase:
     name: str
     extra: Mapping[str, int]  # at its fullest time
     activations: int = 0  # the most of them at any time
+    is_step: bool = False  # of the optimizer
+
+    def beside(self, others: Bytes) -> "Phase":
+        """The same while others hold so much."""
+        return replace(self, extra=Counter(self.extra) + others)
 
 
 @dataclass(frozen=True)
@@ -200,7 +235,6 @@ class Plan:
     models: Sequence[PlannedModel]
     phases: Sequence[Phase]
     num_checkpoints: int
-    outputs: float = field(default=0.0)  # bytes on disk of what the run leaves behind
 
     @property
     def resting(self) -> Bytes:
@@ -211,14 +245,14 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """Bytes that freed activations hold on to. A CPU's allocator gives tensors of many MB back to the system, but
-        keeps the place of smaller ones, as activations are, for the next of them."""
+        """Bytes of the heap at its largest. A CPU's allocator keeps the place of small tensors that were let go, as
+        most activations are, and fills it with others; large ones it gives back to the system."""
         return max(phase.activations for phase in self.phases) if self.machine.on_cpu else 0
 
     def bytes_of(self, phase: Phase) -> float:
         own = Counter(phase.extra)
-        own[ACTIVATIONS] = max(own[ACTIVATIONS], self.kept)
-        return self.resting.total() + (CPU_WASTE if self.machine.on_cpu else 1.0) * own.total()
+        in_heap = own[ACTIVATIONS] + own[GRADIENTS] + own[CACHE]
+        return self.resting.total() + own.total() + max(0, self.kept - in_heap)
 
     @property
     def fullest(self) -> Phase:
@@ -240,4 +274,5 @@ class Plan:
     @property
     def disk(self) -> float:
         """The checkpoints that are kept and the one that is being written, and what the run leaves behind."""
-        return (self.num_checkpoints + 1) * sum(model.checkpoint for model in self.models) + self.outputs
+        checkpoints = (self.num_checkpoints + 1) * sum(model.checkpoint for model in self.models)
+        return checkpoints + sum(model.output for model in self.models)

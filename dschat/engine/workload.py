@@ -25,6 +25,7 @@ class ModelUse:
     has_average: bool = False
     lora: LoraShape = (0, None, "auto", True)
     shares_trunk: bool = False  # its frozen weights are another model's
+    saves_adapter: bool = False  # and not the whole model
     quantized_bits: int = 0  # of the frozen weights under adapters; 0: not quantized
 
 

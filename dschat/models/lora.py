@@ -7,6 +7,7 @@ from typing import Any
 
 from dschat.errors import UserError
 from dschat.models.adapted import adapted_layers
+from dschat.models.adapter_files import record_base, require_same_base
 from dschat.models.specs import LoraSpec
 
 import torch
@@ -78,7 +79,8 @@ def _short_names(model: PreTrainedModel, layers: list[str]) -> list[str]:
 def save_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str, base: str) -> None:
     """The adapters and the head, if the model has one, as ``PeftModel.from_pretrained`` reads them; the tokenizer.
 
-    ``base`` is the directory or hub name of the trunk, where every loader looks for it.
+    ``base`` is the directory or hub name of the trunk, where every loader looks for it, and whose weights are to stay
+    what they are: their fingerprint is put beside.
     """
     head: Any = getattr(model, "score", None)
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
@@ -91,6 +93,7 @@ def save_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dir
     config.save_pretrained(directory)
     path = str(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     save_file({f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}, path, {"format": "pt"})
+    record_base(directory, base)
     tokenizer.save_pretrained(directory)
 
 
@@ -138,7 +141,7 @@ def read_adapter(directory: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The configuration and the weights, under the names that they have in a model.
 
     Raises:
-        UserError: no adapter directory, a damaged one, an adapter other than LoRA.
+        UserError: no adapter directory, a damaged one, an adapter other than LoRA; as `require_same_base`.
     """
     where = Path(directory)
     if not (where / CONFIG_NAME).is_file():
@@ -151,6 +154,7 @@ def read_adapter(directory: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         raise UserError(f"{directory}: the adapter cannot be read ({problem}); train it again") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{directory} holds a {config.peft_type} adapter; only LoRA is supported, see --lora_dim")
+    require_same_base(directory)
     config.modules_to_save, config.inference_mode = None, True  # the head is read here, and nothing is trained
     return config, {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
 

@@ -39,9 +39,9 @@ class LiveBytes(TorchDispatchMode):
     gradients, once they are whole: how long these are held is a matter of ZeRO (engine/memory_plan.py).
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int):
+    def __init__(self, model: nn.Module, vocab_size: int, *, keeps_gradients: bool = False):
         super().__init__()
-        self.vocab_size = vocab_size
+        self.vocab_size, self.keeps_gradients = vocab_size, keeps_gradients
         self.live: Counter[str] = Counter()
         self.peaks: list[dict[str, int]] = [{}, {}, {}]
         self.moment = BEFORE
@@ -50,10 +50,14 @@ class LiveBytes(TorchDispatchMode):
         layers = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         inner = {id(parameter) for layer in layers for parameter in layer.parameters()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._waiting = len(inner & {id(parameter) for parameter in trained})
+        self._num_inner = self._waiting = len(inner & {id(parameter) for parameter in trained})
         for parameter in trained:
-            drop = self._drop_inner if id(parameter) in inner else _drop
+            drop = self._drop_inner if id(parameter) in inner else self._drop
             parameter.register_post_accumulate_grad_hook(drop)
+
+    def begin(self) -> None:
+        """Another pass."""
+        self._waiting, self.moment = self._num_inner, BEFORE
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -66,24 +70,29 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._kinds:
             return
-        is_logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size
-        self._kinds[storage._cdata] = LOGITS if is_logits else ACTIVATIONS
+        self._kinds[storage._cdata] = self.kind_of(tensor)
         self.live[self._kinds[storage._cdata]] += storage.nbytes()
         finalize(storage, self._free, storage._cdata, storage.nbytes())
-        if self.live.total() > sum(self.peaks[self.moment].values()):
-            self.peaks[self.moment] = dict(self.live)
+        if sum((now := self._now()).values()) > sum(self.peaks[self.moment].values()):
+            self.peaks[self.moment] = now
+
+    def kind_of(self, tensor: Tensor) -> str:
+        return LOGITS if tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size else ACTIVATIONS
+
+    def _now(self) -> dict[str, int]:
+        return dict(self.live)
 
     def _free(self, key: int, num_bytes: int) -> None:
         self.live[self._kinds.pop(key)] -= num_bytes
 
     def _drop_inner(self, parameter: Tensor) -> None:
-        parameter.grad = None
+        self._drop(parameter)
         self._waiting -= 1
         self.moment = INSIDE if self._waiting else AFTER
 
-
-def _drop(parameter: Tensor) -> None:
-    parameter.grad = None
+    def _drop(self, parameter: Tensor) -> None:
+        if not self.keeps_gradients:
+            parameter.grad = None
 
 
 Pass = Callable[[], Any]
@@ -94,7 +103,7 @@ def traced(model: nn.Module, vocab_size: int, run: Pass, *, on_cpu: bool) -> Mom
 
     ``on_cpu``: count what the attention keeps on a CPU, where in bf16 it is our own (models/attention.py).
     """
-    with _traced_attention(model, on_cpu), _all_true_masks(), LiveBytes(model, vocab_size) as counted:
+    with traced_attention(model, on_cpu), all_true_masks(), LiveBytes(model, vocab_size) as counted:
         run()
     return counted.peaks
 
@@ -163,7 +172,7 @@ def cache_bytes_per_token(model: PreTrainedModel, *, on_cpu: bool) -> int:
     """Of keys and values, in all layers."""
     cache: Any = DynamicCache(config=model.config)
     ids, mask = _rows(1, 1)
-    with torch.no_grad(), _traced_attention(model, on_cpu):
+    with torch.no_grad(), traced_attention(model, on_cpu):
         model(**model_inputs(model, ids, mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
@@ -191,7 +200,7 @@ def _mode(model: nn.Module, run: Pass, train: bool) -> Pass:
 
 
 @contextmanager
-def _all_true_masks() -> Iterator[None]:
+def all_true_masks() -> Iterator[None]:
     """Of a mask without numbers every element counts as True: the most that indexing by it can give."""
     before = fx_config.meta_nonzero_assume_all_nonzero
     fx_config.meta_nonzero_assume_all_nonzero = True
@@ -202,7 +211,7 @@ def _all_true_masks() -> Iterator[None]:
 
 
 @contextmanager
-def _traced_attention(model: nn.Module, on_cpu: bool) -> Iterator[None]:
+def traced_attention(model: nn.Module, on_cpu: bool) -> Iterator[None]:
     """torch has no fused attention on the meta device and would count scores that no fused kernel ever stores."""
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [owner.config._attn_implementation for owner in owners]

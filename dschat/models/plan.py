@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dschat.engine.memory_plan import (
     ACTIVATIONS,
     CACHE,
+    GRADIENTS,
     LOGITS,
     WEIGHTS,
     Machine,
@@ -30,6 +31,7 @@ from dschat.engine.workload import (
 )
 from dschat.functional.logprobs import DEVICE_BLOCK
 from dschat.models.adapted import adapted_layers
+from dschat.models.heap_trace import heap_traced
 from dschat.models.load import check_context, resolve_dtype
 from dschat.models.memory_trace import (
     Moments,
@@ -46,6 +48,8 @@ from dschat.models.specs import LoraSpec
 
 import torch
 
+DEPTHS, HEAP_DEPTHS = (1, 2), (8, 16)  # layers of the models that are traced for a deeper one
+
 
 def make_plan(work: Workload, machine: Machine) -> Plan:
     """
@@ -58,11 +62,18 @@ def make_plan(work: Workload, machine: Machine) -> Plan:
     models = {role: planned_model(use, dtype) for role, use in uses.items()}
     for use in work.models:
         check_context(find_shape(use.path), *work.longest)
+    trained = [role for role, model in models.items() if model.num_trained]
     phases: list[Phase] = []
     for item in work.passes:
-        phases += phases_of(item, uses[item.role], models[item.role], dtype, machine)
-    outputs = sum(model.itemsize * model.num_weights for model in models.values() if model.num_trained)
-    return Plan(work.title, machine, list(models.values()), phases, work.num_checkpoints, outputs)
+        # Every model has made its backward pass before the first makes its step.
+        place = trained.index(item.role) if item.train else 0
+        before, after = (
+            sum((models[role].waiting(machine) for role in roles), Counter())
+            for roles in (trained[:place], trained[place + 1 :])
+        )
+        found = phases_of(item, uses[item.role], models[item.role], dtype, machine)
+        phases += [phase.beside(after if phase.is_step else before) for phase in found] if item.train else found
+    return Plan(work.title, machine, list(models.values()), phases, work.num_checkpoints)
 
 
 def planned_model(use: ModelUse, dtype: torch.dtype) -> PlannedModel:
@@ -78,6 +89,7 @@ def planned_model(use: ModelUse, dtype: torch.dtype) -> PlannedModel:
         offload=use.offload,
         has_average=use.has_average,
         shares_trunk=use.shares_trunk,
+        saves_adapter=use.saves_adapter,
         num_quantized=size.num_quantized,
         quantized_bits=use.quantized_bits,
     )
@@ -106,28 +118,37 @@ def lora_spec(shape: LoraShape) -> LoraSpec | None:
 def phases_of(item: PassUse, use: ModelUse, model: PlannedModel, dtype: torch.dtype, machine: Machine) -> list[Phase]:
     """What the largest pass of a phase takes; of training its three moments: the loss, the end of the backward pass,
     the optimizer's step."""
-    *first, last = (model.in_use(machine) + Counter(found) for found in pass_bytes(item, use, dtype, machine.on_cpu))
-    fullest, activations = max(first, key=Counter.total), max(found[ACTIVATIONS] for found in first)
+    in_pass = machine.on_cpu and item.train and model.zero_stage < 2  # traced with its gradients, as they share a heap
+    moments = pass_bytes(item, use, dtype, machine.on_cpu, in_pass)
+    *first, last = (model.in_use(machine) + Counter(found) for found in moments)
+    fullest, activations = max(first, key=Counter.total), max(found.get(ACTIVATIONS, 0) for found in moments)
     if not machine.on_cpu and item.kind != SCORER:  # float32 copies of a block of logits (functional/logprobs.py)
         fullest[LOGITS] += min(3 * 4 * DEVICE_BLOCK, 6 * fullest[LOGITS])
     if item.kind == SAMPLE and model.zero_stage == 3:
         fullest[WEIGHTS] += model.itemsize * model.num_weights  # a rollout at stage 3 gathers a whole copy
     if not item.train:
         return [Phase(item.phase, fullest, activations)]
-    gradients = model.in_backward(machine)
-    if model.accumulates:
+    gradients, step = model.in_backward(machine), model.in_step(machine)
+    if in_pass:
+        own = Counter({GRADIENTS: gradients[GRADIENTS]})
+        gradients, step = gradients - own, last + (step - own)
+    elif model.accumulates:
         fullest += gradients
     return [
         Phase(f"{item.phase}: loss", fullest, activations),
         Phase(f"{item.phase}: gradients", last + gradients),
-        Phase(f"{item.phase}: step", model.in_step(machine)),
+        Phase(f"{item.phase}: step", step, is_step=True),
     ]
 
 
-def pass_bytes(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) -> Moments:
-    """Activations, logits and cache of a pass by kind, at its moments.
+def pass_bytes(
+    item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool, keeps_gradients: bool = False
+) -> Moments:
+    """Activations, logits and cache of a pass by kind, at its moments; on a CPU by where they are (heap_trace.py), and
+    with ``keeps_gradients`` these too.
 
-    They are linear in the layers, which are all alike: two depths are traced, and a model of unlike layers whole.
+    They are linear in the layers, which are all alike: two depths are traced, and a model of unlike layers whole. How
+    a heap fills up is linear only of some layers on.
     """
     if item.kind == SAMPLE:
         prompt_size = item.num_tokens - item.response_size
@@ -135,28 +156,34 @@ def pass_bytes(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) -
         first, *others = pass_bytes(prompts, use, dtype, on_cpu)
         return [first | _decoding(item, use, dtype, on_cpu), *others]
     config = find_shape(use.path)
-    depth = config.num_hidden_layers
-    same = replace(item, phase=""), (use.path, use.checkpointing, use.lora), dtype, on_cpu
-    if depth < 3 or not has_equal_layers(config):
+    depth, (low, high) = config.num_hidden_layers, HEAP_DEPTHS if on_cpu else DEPTHS
+    shape = use.path, use.checkpointing, use.lora, use.accumulates and keeps_gradients
+    same = replace(item, phase=""), shape, dtype, on_cpu, keeps_gradients
+    if depth <= high or not has_equal_layers(config):
         return _traced_pass(*same, depth)
-    return _line(_traced_pass(*same, 1), _traced_pass(*same, 2), depth)
+    return _line(_traced_pass(*same, low), _traced_pass(*same, high), (depth - low) / (high - low))
 
 
-def _line(one: Sequence[Mapping[str, int]], two: Sequence[Mapping[str, int]], number: int) -> Moments:
-    """At ``number``, of what has these values at 1 and 2."""
+def _line(one: Sequence[Mapping[str, int]], two: Sequence[Mapping[str, int]], place: float) -> Moments:
+    """At ``place``, of what has these values at 0 and 1."""
 
     def at(low: Mapping[str, int], high: Mapping[str, int]) -> dict[str, int]:
         ends = {kind: (low.get(kind, 0), high.get(kind, 0)) for kind in {**low, **high}}
-        return {kind: max(0, first + (number - 1) * (second - first)) for kind, (first, second) in ends.items()}
+        return {kind: max(0, round(first + place * (second - first))) for kind, (first, second) in ends.items()}
 
     return [at(*pair) for pair in zip(one, two, strict=True)]
 
 
 @cache
 def _traced_pass(
-    item: PassUse, shape: tuple[str, bool, LoraShape], dtype: torch.dtype, on_cpu: bool, depth: int
+    item: PassUse,
+    shape: tuple[str, bool, LoraShape, bool],
+    dtype: torch.dtype,
+    on_cpu: bool,
+    keeps_gradients: bool,
+    depth: int,
 ) -> Moments:
-    path, checkpointing, lora = shape
+    path, checkpointing, lora, accumulates = shape
     config = with_depth(find_shape(path), depth)
     model = build(config, dtype, is_scorer=item.kind == SCORER, lora=lora_spec(lora))
     size = item.num_rows, item.num_tokens
@@ -173,7 +200,10 @@ def _traced_pass(
     else:
         assert item.kind == PREFILL
         run = prefill_pass(model, *size)
-    return traced(model, config.vocab_size, run, on_cpu=on_cpu)
+    if on_cpu:
+        num_passes = 0 if not item.train else 2 if accumulates else 1
+        return heap_traced(model, run, keeps_gradients=keeps_gradients, num_passes=num_passes)
+    return traced(model, config.vocab_size, run, on_cpu=False)
 
 
 def _decoding(item: PassUse, use: ModelUse, dtype: torch.dtype, on_cpu: bool) -> dict[str, int]:

@@ -46,6 +46,7 @@ def model_uses(spec: ModelsSpec, accumulates: bool) -> list[ModelUse]:
             accumulates=accumulates,
             offload=spec.actor.offload,
             has_average=spec.ema_decay is not None,
+            saves_adapter=spec.actor_lora is not None and not spec.save_merged,
             lora=_shape(spec.actor_lora),
             quantized_bits=BITS[spec.quantization],
         ),
@@ -75,6 +76,7 @@ def model_uses(spec: ModelsSpec, accumulates: bool) -> list[ModelUse]:
                 offload=spec.critic.offload,
                 lora=_shape(spec.critic_lora),
                 shares_trunk=spec.share_trunk,
+                saves_adapter=spec.critic_lora is not None and not spec.save_merged,
             )
         )
     return uses
