@@ -9,6 +9,7 @@ import pytest
 
 __all__ = ["stubs"]  # a fixture
 SIZED = re.compile(r"for (\d+) GPUs? of (\d+) GB")
+REWARD = re.compile(r"with the reward model of (\S+):")  # else it is as large as the policy
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_a_dry_run_of_a_recipe_fits_the_machine_it_is_made_for(recipe, programs,
         "--actor_model_name_or_path",
         path,
         "--critic_model_name_or_path",
-        path,
+        reward[1] if (reward := REWARD.search(text)) else path,
         "--reward",
         "function:x.py:score",
     ]

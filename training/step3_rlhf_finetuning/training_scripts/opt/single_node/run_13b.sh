@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Step 3 of facebook/opt-13b, for 8 GPUs of 80 GB: DeepSpeed-Chat's hyper-parameters.
+# Step 3 of facebook/opt-13b, for 8 GPUs of 80 GB with the reward model of facebook/opt-350m: DeepSpeed-Chat's
+# hyper-parameters.
 exec ${DSCHAT_LAUNCH:-deepspeed} "$(dirname "$0")/../../../main.py" --data_path Dahoas/rm-static \
     --per_device_generation_batch_size 8 --per_device_training_batch_size 4 --actor_zero_stage 3 \
     --critic_zero_stage 3 --actor_gradient_checkpointing --critic_gradient_checkpointing --num_warmup_steps 100 \
