@@ -26,7 +26,8 @@ from dschat.report.progress import table
 from dschat.report.run_files import evaluations, load_run
 
 import numpy as np
-from toy_runs import ROOT, run
+from programs import PROGRAMS, ROOT
+from toy_runs import run
 
 STEP3 = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"
 SHORT = "--max_steps 30 --per_device_generation_batch_size 60 --per_device_training_batch_size 30 --eval_interval 5 "
@@ -107,7 +108,7 @@ def step3(base: Path, output: Path, seed: int, flags: str) -> None:
 
 def refused(base: Path, output: Path) -> str:
     """What step 3 says of the reward model of random labels when nothing allows it."""
-    words = [sys.executable, str(ROOT / "training/step3_rlhf_finetuning/main.py"), "--data_path", "toy"]
+    words = [sys.executable, str(PROGRAMS["ppo"]), "--data_path", "toy"]
     words += ["--actor_model_name_or_path", str(base / "actor-models/toy"), "--output_dir", str(output / "refused")]
     words += ["--critic_model_name_or_path", str(base / "weak-reward-model"), "--max_steps", "1"]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

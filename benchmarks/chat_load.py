@@ -22,7 +22,7 @@ from statistics import median
 from dschat.data.toy import questions
 
 from openai import OpenAI
-from toy_runs import ROOT
+from programs import ROOT
 
 AT_ONCE = 50
 CHAT = [sys.executable, str(ROOT / "chat.py")]

@@ -30,13 +30,8 @@ from typing import Any
 
 from dschat.engine.checkpoint import TEMPORARY, list_checkpoints
 
-ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {
-    "sft": "step1_supervised_finetuning",
-    "reward": "step2_reward_model_finetuning",
-    "dpo": "step2_dpo_finetuning",
-    "ppo": "step3_rlhf_finetuning",
-}
+from programs import PROGRAMS, ROOT
+
 E2E = "e2e"
 COMMON = (
     "--data_path toy --dtype fp32 --max_eval_samples 20 --checkpoint_interval 2 --log_interval 1 --eval_interval 3"
@@ -82,7 +77,7 @@ def toy_command(program: str, folder: Path, ranks: int, zero_stage: int, max_ste
     """The command without --output_dir; trains first, briefly, the models that it starts from."""
 
     def words(name: str, flags: str) -> list[str]:
-        return [str(ROOT / "training" / PROGRAMS[name] / "main.py"), *flags.split()]
+        return [str(PROGRAMS[name]), *flags.split()]
 
     rows = f"--per_device_train_batch_size {8 // ranks} --zero_stage {zero_stage}"
     steps = f"--max_steps {max_steps}"
@@ -180,13 +175,14 @@ def fuzz(command: list[str], folder: Path, kills: int, ranks: int, seed: int) ->
     start = time.monotonic()
     whole.require_success()
     seconds, expected = time.monotonic() - start, results(folder / "whole")
+    print(f"left alone: {seconds:.0f} s from the data to the end", flush=True)
     while sum(report.kills.values()) < kills:
         output_dir = folder / f"killed-{report.runs}"
         while True:
             report.starts += 1
             attempt = Run(command, output_dir, ranks)
             if sum(report.kills.values()) < kills:
-                strike(attempt, seconds, rng, report)
+                seconds = strike(attempt, seconds, rng, report)
             else:
                 attempt.require_success()
             if all(process.returncode == 0 for process in attempt.processes):
@@ -200,13 +196,16 @@ def fuzz(command: list[str], folder: Path, kills: int, ranks: int, seed: int) ->
             for name in sorted(expected.keys() | found.keys())
             if expected.get(name) != found.get(name)
         ]
+        print(f"run {report.runs} ended, {len(report.differences)} differences so far", flush=True)
         shutil.rmtree(output_dir)
     return report
 
 
-def strike(attempt: Run, seconds: float, rng: random.Random, report: Report) -> None:
-    """Kill a run, unless it ends before."""
+def strike(attempt: Run, seconds: float, rng: random.Random, report: Report) -> float:
+    """Kill a run, unless it ends before. Returns how long a whole one lasts: ``seconds``, or less if this one did."""
+    is_whole = not any(attempt.checkpoints())
     attempt.wait_until(attempt.has_data)
+    start = time.monotonic()
     if sum(report.kills.values()) % 2:
         for _ in range(rng.randint(1, 3)):  # to get on, let some be written
             attempt.wait_until(attempt.is_writing)
@@ -216,10 +215,10 @@ def strike(attempt: Run, seconds: float, rng: random.Random, report: Report) -> 
         end = time.monotonic() + rng.uniform(0.0, seconds)
         attempt.wait_until(lambda: time.monotonic() > end)
     if not attempt.is_alive():
-        return
+        return min(seconds, time.monotonic() - start) if is_whole else seconds
     attempt.kill()
     if all(process.returncode == 0 for process in attempt.processes):
-        return
+        return seconds
     if attempt.is_writing():
         what = "while a checkpoint was written"
     elif any(map(list_checkpoints, attempt.checkpoints())):

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from programs import ROOT
 from shapes import Work
 from turns import synchronize
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "trl", "accelerate")
 
 

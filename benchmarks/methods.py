@@ -15,7 +15,8 @@ from pathlib import Path
 from dschat.report.progress import table
 from dschat.report.summary import read_run, win_rate
 
-from toy_runs import ROOT, run, train_all
+from programs import ROOT
+from toy_runs import run, train_all
 
 DPO = "step2_dpo_finetuning/training_scripts/toy/cpu/run_toy.sh"
 PPO = "step3_rlhf_finetuning/training_scripts/toy/cpu/run_toy.sh"

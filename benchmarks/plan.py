@@ -25,15 +25,9 @@ from dschat.models.load import save_model
 from dschat.models.lora import LoraSpec, add_lora
 
 import torch
+from programs import PROGRAMS
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = {
-    "sft": "step1_supervised_finetuning",
-    "reward": "step2_reward_model_finetuning",
-    "dpo": "step2_dpo_finetuning",
-    "ppo": "step3_rlhf_finetuning",
-}
 # width, layers, vocabulary
 SHAPES = {"small": (256, 4, 4096), "middle": (512, 8, 16000), "large": (768, 8, 16000), "deep": (640, 12, 8000)}
 LENGTH = 256
@@ -170,7 +164,7 @@ def command(case: Case, folder: Path) -> list[str]:
     else:
         flags |= {"model_name_or_path": model, "data_path": dialogues, "max_seq_len": LENGTH, "max_eval_samples": 4}
         flags |= {"per_device_eval_batch_size": 2, "data_split": "1,0,0" if case.stage == "sft" else "0,1,0"}
-    words = [sys.executable, str(ROOT / "training" / STEPS[case.stage] / "main.py")]
+    words = [sys.executable, str(PROGRAMS[case.stage])]
     for name, value in (flags | case.flags).items():
         words += (
             [f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{name}" if value else f"--no-{name}"]

@@ -26,15 +26,9 @@ from typing import IO
 from dschat.errors import UserError, run_program
 
 from harness import parser, report
+from programs import PROGRAMS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = {
-    "sft": "step1_supervised_finetuning",
-    "reward": "step2_reward_model_finetuning",
-    "dpo": "step2_dpo_finetuning",
-    "ppo": "step3_rlhf_finetuning",
-}
-HELP = ["chat.py", "e2e_rlhf.py", *(f"training/{folder}/main.py" for folder in STEPS.values())]
+HELP = ["chat.py", "e2e_rlhf.py", *(str(path.relative_to(ROOT)) for path in PROGRAMS.values())]
 TIMEOUT_S = 300.0
 Cost = tuple[float, float]  # seconds of the clock, of the CPU
 
@@ -115,7 +109,7 @@ def stage_arguments(stage: str, folder: Path, num_steps: int) -> list[str]:
         given |= {"model_name_or_path": "toy" if stage == "sft" else folder / "sft", "max_seq_len": 128}
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     more = ["--allow_weak_reward_model"] if stage == "ppo" else []
-    return [f"training/{STEPS[stage]}/main.py", *flags, *more]
+    return [str(PROGRAMS[stage].relative_to(ROOT)), *flags, *more]
 
 
 def commands(folder: Path) -> dict[str, Callable[[Path, int], Cost]]:
@@ -128,7 +122,7 @@ def commands(folder: Path) -> dict[str, Callable[[Path, int], Cost]]:
     ask = ["chat.py", "--path", str(sft), "--max_new_tokens", "20"]
     found["chat: a message through a pipe"] = lambda root, _: whole(root, ask, "What is the capital of France?\n")
     found["chat: the prompt in a terminal"] = lambda root, _: prompt(root, sft)
-    for stage in STEPS:
+    for stage in PROGRAMS:
         found[f"first step: {stage}"] = lambda root, turn, stage=stage: first_step(
             root, stage_arguments(stage, folder, 100), folder / f"{stage}-{turn}"
         )
@@ -144,7 +138,7 @@ def main() -> None:
     roots = {"here": ROOT} | ({"there": args.versus.resolve()} if args.versus else {})
     with tempfile.TemporaryDirectory(prefix="start-up-") as name:
         folder = Path(name)
-        for stage in STEPS:
+        for stage in PROGRAMS:
             whole(ROOT, [*stage_arguments(stage, folder, 1), "--output_dir", str(folder / stage)])
         chosen = {n: c for n, c in commands(folder).items() if not args.only or any(word in n for word in args.only)}
         turns: dict[tuple[str, str], list[Cost]] = {(n, side): [] for n in chosen for side in roots}

@@ -23,7 +23,8 @@ from dschat.report.progress import table
 
 import httpx2
 from openai import OpenAI
-from toy_runs import ROOT, run
+from programs import ROOT
+from toy_runs import run
 
 DPO = "step2_dpo_finetuning/main.py"
 REWARD = "step2_reward_model_finetuning/main.py"

@@ -15,16 +15,11 @@ from dschat.data.tokenizer import load_tokenizer
 
 import datasets
 import torch
+from programs import PROGRAMS
 from shapes import model_config, random_model, set_stops
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from turns import Facts
 
-ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {
-    "sft": "step1_supervised_finetuning",
-    "reward": "step2_reward_model_finetuning",
-    "dpo": "step2_dpo_finetuning",
-}
 KINDS = {"sft": "sft", "reward": "ranking", "dpo": "preference"}  # of rows, for `load_rows`
 
 
@@ -47,8 +42,7 @@ def ppo_models(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, PreTra
 
 def program(stage: str) -> ModuleType:
     """The program of a stage, as a module."""
-    path = ROOT / "training" / PROGRAMS[stage] / "main.py"
-    spec = importlib.util.spec_from_file_location(stage, path)
+    spec = importlib.util.spec_from_file_location(stage, PROGRAMS[stage])
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -343,7 +343,7 @@ def test_the_programs_are_measured_as_they_are(stage, tmp_path, monkeypatch):
         assert facts["data"][0] * facts["reference_s_per_row"] < found["first"]["dschat"][0]["seconds"]
 
 
-@pytest.mark.parametrize("stage", start_up.STEPS)
+@pytest.mark.parametrize("stage", start_up.PROGRAMS)
 def test_the_start_up_is_that_of_the_programs(stage, tmp_path):
     path, *flags = start_up.stage_arguments(stage, tmp_path, 5)
     program = programs.load(path.removeprefix("training/"))
