@@ -226,6 +226,7 @@ def strike(attempt: Run, seconds: float, rng: random.Random, report: Report) -> 
     else:
         what = "before the first checkpoint of a stage"
     report.kills[what] += 1
+    return seconds
 
 
 def results(directory: Path) -> dict[str, Any]:
