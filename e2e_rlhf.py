@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from dschat.data import toy
 from dschat.engine.launch import choose_launcher, wait_for
-from dschat.errors import UserError, run_program
+from dschat.errors import AGAIN, UserError, run_program
 from dschat.report.metrics import prepare_output_dir, write_whole
 from dschat.report.page import write_page
 from dschat.report.picture import write_picture
@@ -293,13 +293,19 @@ def provenance(
 
 def run_stage(key: str, command: list[str], directory: Path, error_file: Path, launcher: str | None) -> float:
     """Run a stage, its output on our terminal. Seconds, or the end of the program with the stage's own error last."""
-    error_file.unlink(missing_ok=True)
+    title = f"[{STAGES[key].step}/3] {STAGES[key].title}"
     env = stage_environment() | {"DSCHAT_ERROR_FILE": str(error_file.absolute())}
     env |= {"DSCHAT_LAUNCH": launcher} if launcher else {}
     start = time.time()
-    code = wait_for(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, process_group=0))
+    while True:
+        error_file.unlink(missing_ok=True)
+        code = wait_for(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, process_group=0))
+        error = error_file.read_text(encoding="utf-8").rstrip() if error_file.is_file() else ""
+        if not error.startswith(AGAIN):
+            break
+        print(f"{title}: started again after: {error.removeprefix(AGAIN)}", flush=True)
+        command = [word for word in command if word != "--fresh"]
     seconds = time.time() - start
-    error = error_file.read_text(encoding="utf-8").rstrip() if error_file.is_file() else ""
     record = directory / STAGES[key].record
     if code == 0 and not error and record.is_file() and record.stat().st_mtime > start - 2:  # file systems round
         return seconds
@@ -307,7 +313,6 @@ def run_stage(key: str, command: list[str], directory: Path, error_file: Path, l
         error = error or f"killed by {signal.Signals(-code).name}; out of memory is the usual cause"
     # of a user's mistake 2, whatever a launcher made of it
     code = 2 if error.startswith("error: ") else 128 - code if code < 0 else code or 1
-    title = f"[{STAGES[key].step}/3] {STAGES[key].title}"
     print(f"{title} failed after {seconds:.1f} s with exit code {code}", file=sys.stderr)
     print(error or f"it left no {record}; its own last lines are above", file=sys.stderr, flush=True)
     sys.exit(code)

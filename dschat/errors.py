@@ -12,6 +12,8 @@ from typing import NoReturn
 # Called before a crash is reported: one that is only the consequence of another process's end ends this one instead.
 before_crash: list[Callable[[], None]] = []
 
+AGAIN = "start again: "  # what $DSCHAT_ERROR_FILE begins with after a `StartAgain`
+
 
 class UserError(Exception):
     """A mistake in what the user gave us. The message is one line: what, where (file:line of data), how to mend it."""
@@ -25,9 +27,13 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
+class StartAgain(Exception):
+    """The run cannot go on in this process; the same command goes on with it. The message is one line."""
+
+
 def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit: 0 done, 2 for a `UserError` or a full disk (one line on stderr), 128 + signal for
-    `Stopped`, 1 for everything else.
+    """Run ``main`` and exit: 0 done, 2 for a `UserError` or a full disk (one line on stderr), 75 for `StartAgain`,
+    128 + signal for `Stopped`, 1 for everything else.
 
     What has been imported by now stays to the end: the collector of cycles need not look through it again and again,
     nor when the interpreter ends, which with torch and transformers takes a second.
@@ -47,6 +53,10 @@ def run_part(part: Callable[[], object]) -> None:
         part()
     except UserError as error:
         _leave_with_line(str(error))
+    except StartAgain as reason:
+        _record(f"{AGAIN}{reason}")
+        print(str(reason), file=sys.stderr, flush=True)
+        _leave(os.EX_TEMPFAIL)
     except Stopped as stop:
         if str(stop):
             _record(str(stop))

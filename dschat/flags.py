@@ -4,7 +4,7 @@ import dataclasses
 import os
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dschat.config import DTYPES, flag, require_not_negative, require_positive, to_dict
 from dschat.data.specs import DataSpec
@@ -187,10 +187,34 @@ class LoraModeFlags:
         return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
 
+class MicroBatchFlags:
+    """Those that cut an optimizer step into micro-batches; of a dataclass that has them."""
+
+    ROWS: ClassVar[str]  # the name of the flag that bounds their rows
+    gradient_accumulation_steps: int
+    max_tokens_per_batch: int
+
+    def half_micro_batches(self) -> dict[str, int]:
+        """The flags that bound a micro-batch, at half of what they are."""
+        names = [name for name in (self.ROWS, "max_tokens_per_batch") if getattr(self, name)]
+        return {name: max(1, getattr(self, name) // 2) for name in names}
+
+    def with_micro_batches(self, limits: dict[str, int]) -> Self:
+        """Micro-batches of at most these `half_micro_batches`; an optimizer step has as many rows as before."""
+        rows, tokens = getattr(self, self.ROWS), self.max_tokens_per_batch
+        step = rows * self.gradient_accumulation_steps
+        fitting = max(size for size in range(1, min(rows, limits.get(self.ROWS, rows)) + 1) if step % size == 0)
+        changed = {self.ROWS: fitting, "gradient_accumulation_steps": step // fitting}
+        changed["max_tokens_per_batch"] = min(tokens, limits.get("max_tokens_per_batch", tokens))
+        config: Any = self
+        return dataclasses.replace(config, **changed)
+
+
 @dataclass(kw_only=True)
-class SupervisedFlags(RunFlags, DataFlags, LoraModeFlags):
+class SupervisedFlags(RunFlags, DataFlags, LoraModeFlags, MicroBatchFlags):
     """Steps 1 and 2: one trained model, one loss over a data set."""
 
+    ROWS = "per_device_train_batch_size"
     model_name_or_path: str = flag(help="a Hugging Face directory, a hub name or 'toy' (the embedded model)")
     per_device_train_batch_size: int = flag(16, "rows per rank and micro-batch; step 2: prompts with their answers")
     per_device_eval_batch_size: int = flag(16, "the same in evaluation")

@@ -27,10 +27,15 @@ def values(name):
     end = next((i for i in range(start, len(flags)) if flags[i].startswith("--")), None)
     return flags[start:end]
 failure, _, at = os.environ.get("FAKE", "").partition("@")
-if failure and step == int(at):
+error = Path(os.environ["DSCHAT_ERROR_FILE"]) if "DSCHAT_ERROR_FILE" in os.environ else None
+if failure == "again" and step == int(at) and not Path("again").exists():
+    Path("again").touch()
+    error.write_text("start again: rank 1: out of memory")
+    sys.exit(1)
+if failure and failure != "again" and step == int(at):
     print("noise of a library", file=sys.stderr)
     if failure in ("user", "crash"):
-        Path(os.environ["DSCHAT_ERROR_FILE"]).write_text("error: no disk" if failure == "user" else "Trace\\nboom")
+        error.write_text("error: no disk" if failure == "user" else "Trace\\nboom")
         print("launcher: rank 0 ended", file=sys.stderr)
         sys.exit(5)
     if failure == "killed":

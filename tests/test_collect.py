@@ -1,16 +1,21 @@
 """Sampling, judging and scoring as step 3 calls them; scores that are not finite; the best evaluation so far."""
 
+import dataclasses
 import json
 import math
+from collections import Counter
 
 from dschat.engine import distributed
 from dschat.engine.distributed import Runtime, init_runtime
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
+from dschat.rlhf import experience, rollout
 from dschat.rlhf.collect import BadScores, Collector, collect, judge, roll_out
 from dschat.rlhf.evaluate import BestSoFar, HeldOut, best_of_n, evaluate_policy
 from dschat.rlhf.experience import add_advantages
 from dschat.rlhf.rewards import CombinedReward, Judged, Samples, Scores
 from dschat.rlhf.samples import learned_tokens
+from dschat.rlhf.slots import SlotDecoder
 from tests.families import ragged_prompts
 from tests.ppo_parts import ALONE, CPU, SIZES, TwoRanks, plain_models, sampling_for, shaping
 
@@ -109,6 +114,57 @@ def test_a_pattern_of_the_record_leaves_out_the_tokens_of_its_matches(engine, ro
         expected = [letter not in tokenizer.decode([i], skip_special_tokens=True) for i in ids]
         assert mask[:size].tolist() == expected and not mask[size:].any(), letter
     assert any(not mask[:size].all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("with_slots", [False, True])
+def test_what_memory_has_no_room_for_is_asked_in_portions(engine, rows, tokenizer, with_slots, monkeypatch, capsys):
+    """Answers to one prompt at once fit, and two sequences of a forward: the same answers with the same numbers."""
+    options = {"num_samples": 2, "batch": len(rows), "micro": 2 * len(rows)}
+    collector = collector_of(engine, tokenizer, Rule(), **options)
+    collector = dataclasses.replace(
+        collector,
+        decoder=SlotDecoder() if with_slots else None,
+        memory=MicroBatches(ALONE),
+        sampling_memory=MicroBatches(ALONE, unit="the answers to {} prompts"),
+    )
+    expected, *_ = all_of(collector, rows)
+    plain, plain_decode, plain_logits = SlotDecoder.new_storage, rollout.decode, experience.policy_logits
+    asked = Counter()
+
+    def full(kind, number, limit):
+        asked[kind, number <= limit] += 1
+        if number > limit:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory"
+            )
+
+    def new_storage(decoder, model, num_slots, width):
+        full("sampling", num_slots, 2)
+        return plain(decoder, model, num_slots, width)
+
+    def decode(model, ids, mask, sampling, uniforms, eos):
+        full("sampling", len(uniforms), 2)
+        return plain_decode(model, ids, mask, sampling, uniforms, eos)
+
+    def policy_logits(model, engine, batch):
+        full("scoring", len(batch.response_ids), 2)
+        return plain_logits(model, engine, batch)
+
+    monkeypatch.setattr(SlotDecoder, "new_storage", new_storage)
+    monkeypatch.setattr(rollout, "decode", decode)
+    monkeypatch.setattr(experience, "policy_logits", policy_logits)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # between which a decoder divides its slots
+    found, *_ = all_of(collector, rows)
+    assert asked["sampling", False] and asked["sampling", True] >= len(rows) // (len(rows) if with_slots else 1)
+    assert asked["scoring", False] and asked["scoring", True] >= len(rows)
+    said = capsys.readouterr().out
+    assert f"out of memory on the answers to {len(rows)} prompts: they are halved" in said
+    assert f"out of memory on a micro-batch of {2 * len(rows)} rows: they are halved" in said
+    for field in dataclasses.fields(expected):
+        ours, whole = getattr(found, field.name), getattr(expected, field.name)
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
+    all_of(collector, rows)
+    assert not capsys.readouterr().out, "what has been halved stays so"
 
 
 @pytest.mark.parametrize(("num_samples", "kl"), [(1, "kl"), (2, "full")])

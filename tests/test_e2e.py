@@ -229,6 +229,18 @@ def test_when_a_stage_fails_its_error_is_last(run, fake, code, last):
     assert list(calls(run)) == list(range(1, step + 1)), "nothing runs after a failure"
 
 
+def test_a_stage_that_asks_for_it_is_started_again(run):
+    (run.folder / "output").mkdir()
+    result = run("--fresh", fake="again@2")
+    assert result.returncode == 0, result.stderr
+    title = e2e.STAGES["reward"].title
+    assert f"[2/3] {title}: started again after: rank 1: out of memory\n" in result.stdout
+    lines = (run.folder / "calls.jsonl").read_text().splitlines()
+    steps, flags = zip(*(json.loads(line)[:2] for line in lines), strict=True)
+    assert steps == (1, 2, 2, 3)
+    assert flags[1] == [*flags[2], "--fresh"], "what it has learned is not forgotten"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_it_stops_the_stage_and_all_its_processes(run, number, code):
     process = run(fake="hang@1", wait=False)

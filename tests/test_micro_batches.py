@@ -68,7 +68,7 @@ def train(stage, dtype, way, limits):
         middle = dict(engine.module.named_parameters())["middle.weight"]
         assert stage < 3 or not middle.numel(), "held by the pass that broke"
 
-    memory = MicroBatches(runtime, say)
+    memory = MicroBatches(runtime, say=say)
     rows = torch.randn(3, 2, ROWS, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     for step, limit in enumerate(limits):
         Memory.rows = limit

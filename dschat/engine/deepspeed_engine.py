@@ -87,7 +87,7 @@ def unwrap(model: nn.Module | deepspeed.DeepSpeedEngine) -> nn.Module:
     return model.module if isinstance(model, deepspeed.DeepSpeedEngine) else model
 
 
-def is_sharded(model: nn.Module | deepspeed.DeepSpeedEngine) -> bool:
+def is_sharded(model: nn.Module | deepspeed.DeepSpeedEngine | None) -> bool:
     return isinstance(model, deepspeed.DeepSpeedEngine) and model.zero_optimization_stage() == 3
 
 

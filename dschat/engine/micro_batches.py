@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from dschat.engine.deepspeed_engine import is_sharded
 from dschat.engine.distributed import Runtime
+from dschat.errors import StartAgain, UserError
 
 import deepspeed
 import torch
@@ -18,10 +19,27 @@ Result = TypeVar("Result")
 class MicroBatches:
     """How often the micro-batches of a run are halved: never, until memory does not suffice."""
 
-    def __init__(self, runtime: Runtime, say: Callable[[str], None] = print):
-        self.runtime, self.say = runtime, say
+    def __init__(
+        self,
+        runtime: Runtime,
+        remember: Callable[[], None] | None = None,
+        say: Callable[[str], None] = print,
+        unit: str = "a micro-batch of {} rows",
+    ):
+        """
+        Args:
+            remember: lets the same command, started again, make them half as large from its beginning.
+            unit: what a micro-batch is called.
+        """
+        self.runtime, self.say, self.remember, self.unit = runtime, say, remember, unit
         self.halvings = 0
         self._most_rows = 0  # of a micro-batch of the pass that is under way
+
+    def rows(self, number: int) -> int:
+        """Of a micro-batch that was to have ``number``; one at least."""
+        rows = -(-number // 2**self.halvings)
+        self._most_rows = max(self._most_rows, rows)
+        return rows
 
     def cut(
         self, batches: Sequence[Rows], size: Callable[[Rows], int], take: Callable[[Rows, slice], Rows]
@@ -34,8 +52,7 @@ class MicroBatches:
         """
         parts = []
         for batch in batches:
-            rows = -(-size(batch) // 2**self.halvings)
-            self._most_rows = max(self._most_rows, rows)
+            rows = self.rows(size(batch))
             parts += (
                 [take(batch, slice(at, at + rows)) for at in range(0, size(batch), rows)] if self.halvings else [batch]
             )
@@ -50,43 +67,55 @@ class MicroBatches:
         ``also``: a frozen model that it asks too.
 
         Raises:
-            RuntimeError: memory does not suffice for one row; or there are several ranks at ZeRO 2 or 3, where the
-                others wait in a pass that this one cannot finish.
+            StartAgain: there are several ranks at ZeRO 2 or 3, where the others wait in a pass that this one cannot
+                finish, or the optimizer's state is in the CPU's memory, where the gradient goes with the pass.
+            UserError: memory does not suffice for one row.
         """
+        offloads = any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
+        waits = self._waits(engine.zero_optimization_stage() > 1 or is_sharded(also))
+        mend = "shorten them, turn gradient checkpointing on, or shard the model with a higher ZeRO stage"
+        return self._until_it_fits(accumulate, waits or offloads, mend, lambda: drop_gradient(engine))
+
+    def ask(self, compute: Callable[[], Result], *models: nn.Module | None) -> Result:
+        """The same without a gradient: ``compute`` asks ``models`` in portions that it gets from `cut` or `rows`.
+
+        Raises:
+            StartAgain: one of them is sharded over several ranks.
+            UserError: memory does not suffice for one row.
+        """
+        return self._until_it_fits(compute, self._waits(any(map(is_sharded, models))), "shorten them")
+
+    def _waits(self, is_collective: bool) -> bool:
+        return is_collective and self.runtime.world_size > 1
+
+    def _until_it_fits(
+        self, compute: Callable[[], Result], ends: bool, mend: str, clean: Callable[[], None] = lambda: None
+    ) -> Result:
         while True:
             self._most_rows = 0
             try:
-                return accumulate()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+                return compute()
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if reason := self._why_not(engine, also):
-                    raise RuntimeError(
-                        f"out of memory on a micro-batch of {self._most_rows} rows; {reason}"
+                said = f"rank {self.runtime.rank}: out of memory on {self.unit.format(self._most_rows)}"
+                if self._most_rows < 2:
+                    raise UserError(f"{said}; {mend}") from error
+                if ends:
+                    if self.remember is None:
+                        raise
+                    self.remember()
+                    raise StartAgain(
+                        f"{said}; start the same command again: it goes on from the last checkpoint with half of that "
+                        "and the same optimizer steps"
                     ) from error
             # Only here, where the error's traceback no longer holds the activations, is their memory free.
-            drop_gradient(engine)
+            clean()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.halvings += 1
-            self.say(
-                f"rank {self.runtime.rank}: out of memory on a micro-batch of {self._most_rows} rows: they are halved "
-                "from here on, the optimizer steps stay the same"
-            )
-
-    def _why_not(self, engine: deepspeed.DeepSpeedEngine, also: nn.Module | None) -> str:
-        if self._most_rows < 2:
-            return "shorten the rows, turn gradient checkpointing on, or shard the model with a higher ZeRO stage"
-        waits = engine.zero_optimization_stage() > 1 or (also is not None and is_sharded(also))
-        if self.runtime.world_size > 1 and waits:
-            return (
-                "make the micro-batches half as large and the accumulation twice as long: the same command with "
-                "that goes on from the last checkpoint, with the same optimizer steps"
-            )
-        if getattr(engine.optimizer, "cpu_offload", False) or getattr(engine.optimizer, "offload_optimizer", False):
-            return "make the micro-batches half as large and the accumulation twice as long"
-        return ""
+            self.say(f"{said}: they are halved from here on, the optimizer steps stay the same")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -38,6 +38,7 @@ import torch
 VERSION = 1
 FINISHED = "finished.json"
 SCRATCH = ".universal"
+LIMITS = "micro_batches_of_rank_{}.json"
 WAYS_OUT = "go back to that, choose another --output_dir, or start over with --fresh"
 
 Result = TypeVar("Result")
@@ -82,6 +83,30 @@ class RunState:
     def seconds(self) -> float:
         """That the run has taken, its earlier parts included."""
         return self._seconds + time.time() - self._start
+
+    def micro_batch_limits(self) -> dict[str, int]:
+        """By flag, the largest micro-batches that memory has room for, as far as earlier starts of this run have found
+        out on any rank."""
+        files = sorted(self.folder.glob(LIMITS.format("*")))  # on several nodes those of this one
+        if self.spec.fresh:
+            for path in files:
+                path.unlink(missing_ok=True)
+            return {}
+        found: dict[str, int] = {}
+        for limits in gather_objects([[json.loads(path.read_text(encoding="utf-8")) for path in files]], self.runtime):
+            for name, value in (item for one in limits for item in one.items()):
+                found[name] = min(value, found.get(name, value))
+        if found:
+            limits = ", ".join(f"--{name} {value}" for name, value in found.items())
+            self.say(f"memory ran out in this run before: micro-batches of at most {limits} (--fresh forgets it)")
+        return found
+
+    def limit_micro_batches(self, limits: dict[str, int]) -> None:
+        """For the next start; by this rank alone."""
+        path = self.folder / LIMITS.format(self.runtime.rank)
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps(limits), encoding="utf-8")
+        os.replace(written, path)
 
     def is_finished(self, identity: Callable[[], RunIdentity]) -> bool:
         """Whether the output directory holds this very run, done; else what to go on from is settled.

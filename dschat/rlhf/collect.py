@@ -8,6 +8,7 @@ from typing import Any
 from dschat.data.loader import collate_prompts
 from dschat.engine.deepspeed_engine import whole_model
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_objects
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.rlhf.experience import Experience, gather_experience, score_rollout
 from dschat.rlhf.rewards import CombinedReward, Samples, Scores, write_repro
@@ -37,6 +38,8 @@ class Collector:
     max_tokens: int = 0  # of a micro-batch, with padding; 0: no limit
     old_logprobs: str = FORWARD  # or specs.SAMPLER
     decoder: SlotDecoder | None = None  # None: the plain decode loop
+    memory: MicroBatches | None = None  # for scoring: halves the portions where it runs out
+    sampling_memory: MicroBatches | None = None  # for sampling
 
 
 def roll_out(collector: Collector, rows: list[dict[str, Any]], seed: int) -> Rollout:
@@ -49,16 +52,19 @@ def roll_out(collector: Collector, rows: list[dict[str, Any]], seed: int) -> Rol
     prompts = collate_prompts(rows, collector.tokenizer.pad_token_id)
     uniforms = row_uniforms(len(rows) * runtime.world_size * num_samples, steps, seed).unflatten(0, (-1, num_samples))
     sample = generate_in_batches if collector.decoder is None else collector.decoder.generate
+    memory = collector.sampling_memory or MicroBatches(runtime)
     with whole_model(collector.engine.actor, runtime.device) as actor:
-        return sample(
-            actor,
-            prompts["input_ids"].to(runtime.device),
-            prompts["attention_mask"].to(runtime.device),
-            collector.sampling,
-            uniforms[runtime.rank :: runtime.world_size].flatten(0, 1),
-            batch_size=collector.generation_batch_size,
-            eos_token_id=collector.tokenizer.eos_token_id,
-            pad_token_id=collector.tokenizer.pad_token_id,
+        return memory.ask(
+            lambda: sample(
+                actor,
+                prompts["input_ids"].to(runtime.device),
+                prompts["attention_mask"].to(runtime.device),
+                collector.sampling,
+                uniforms[runtime.rank :: runtime.world_size].flatten(0, 1),
+                batch_size=memory.rows(collector.generation_batch_size),
+                eos_token_id=collector.tokenizer.eos_token_id,
+                pad_token_id=collector.tokenizer.pad_token_id,
+            )
         )
 
 
@@ -92,7 +98,7 @@ def ask_models(collector: Collector, rollout: Rollout, scores: Scores, action_ma
         collector.micro_batch_size,
         max_tokens=collector.max_tokens,
         old_logprobs=collector.old_logprobs,
-        runtime=runtime,
+        memory=collector.memory or MicroBatches(runtime),
     )
     return gather_experience(local, runtime, collector.tokenizer.pad_token_id, collector.num_samples)
 

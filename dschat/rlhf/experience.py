@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_rows
+from dschat.engine.micro_batches import MicroBatches
 from dschat.functional import (
     entropy,
     full_kl,
@@ -146,7 +148,7 @@ def score_rollout(
     *,
     max_tokens: int = 0,
     old_logprobs: str = FORWARD,
-    runtime: Runtime | None = None,
+    memory: MicroBatches | None = None,
 ) -> Experience:
     """Ask actor, reference and critic about a rollout that has been scored, all in eval mode, in micro-batches of
     responses of similar length.
@@ -158,7 +160,7 @@ def score_rollout(
         max_tokens: of them with padding; 0: no limit.
         old_logprobs: FORWARD, or SAMPLER to take the actor's side from the sampler: no forward of the actor, and each
             token's entropy is estimated by minus its log-probability. Not with the KL of the kind "full".
-        runtime: with ``max_tokens`` on several ranks, which must make equally many passes.
+        memory: halves the micro-batches where it runs out; needed on several ranks.
     """
     engine.eval()
     size = rollout.response_ids.shape
@@ -166,9 +168,14 @@ def score_rollout(
     scored = {name: torch.zeros(size, device=scores.device) for name in columns}
     scored["final_values"] = torch.zeros(size[0], device=scores.device)
     parts = parts_of(sizes_of(rollout), range(size[0]), micro_batch_size, max_tokens)
-    if max_tokens and runtime is not None:
-        parts += parts[:1] * (int(all_reduce_max(len(parts), runtime)) - len(parts))
-    for rows in parts:
+    memory, models = memory or MicroBatches(Runtime(0, 1, scores.device)), (engine.actor, engine.ref, engine.critic)
+    parts += parts[:1] * (int(all_reduce_max(len(parts), memory.runtime)) - len(parts))  # equally many on every rank
+
+    def ask_in_parts(part: list[int]) -> None:
+        for rows in memory.cut([part], len, lambda rows, some: rows[some]):
+            ask(rows)
+
+    def ask(rows: list[int]) -> None:
         part = take_rows(rollout, rows)
         mask = action_mask[rows, : part.response_ids.shape[1]]
         ref_logits = policy_logits(engine.ref, engine, part)
@@ -190,6 +197,9 @@ def score_rollout(
             scored["final_values"][rows] = values.gather(1, ends).squeeze(1).float()
         for name, value in (found | {"sampler_logprobs": part.logprobs}).items():
             scored[name][rows, : mask.shape[1]] = _masked(value, mask).float()
+
+    for part in parts:
+        memory.ask(partial(ask_in_parts, part), *models)
     return Experience(
         rollout.input_ids,
         rollout.attention_mask,

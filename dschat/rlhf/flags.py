@@ -9,7 +9,7 @@ from dschat.engine.specs import TrainSpec
 from dschat.engine.workload import Changes, Workload
 from dschat.errors import UserError
 from dschat.flag_checks import check_offload, check_quantized
-from dschat.flags import DataFlags, RunFlags
+from dschat.flags import DataFlags, MicroBatchFlags, RunFlags
 from dschat.rlhf.model_flags import AdapterFlags, OptimizerFlags
 from dschat.rlhf.monitor_flags import MonitorFlags
 from dschat.rlhf.reward_specs import TOY, parse_reward
@@ -126,9 +126,10 @@ class AdvantageFlags:
 
 
 @dataclass(kw_only=True)
-class UpdateFlags:
+class UpdateFlags(MicroBatchFlags):
     """Optimizer steps on a rollout."""
 
+    ROWS = "per_device_training_batch_size"
     per_device_training_batch_size: int = flag(16, "answers per rank and micro-batch of training and scoring")
     gradient_accumulation_steps: int = flag(1, "micro-batches per minibatch, that is per optimizer step")
     max_tokens_per_batch: int = flag(

@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     saves_adapter = config.lora_dim > 0 and not config.lora_save_merged
     refuse_other_kind(config.output_dir, saves_adapter)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
+    config = config.with_micro_batches(run.micro_batch_limits())
 
     # Data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return scores
 
-    memory = MicroBatches(runtime)
+    memory = MicroBatches(runtime, partial(run.limit_micro_batches, config.half_micro_batches()))
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:

@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     for folder, dim in (("actor", config.actor_lora_dim), ("critic", config.critic_lora_dim)):
         refuse_other_kind(str(Path(config.output_dir) / folder), dim > 0 and not config.lora_save_merged)
     run = RunState(config.output_dir, config.checkpoint_spec(), runtime, console.print)
+    config = config.with_micro_batches(run.micro_batch_limits())
 
     # Data
     tokenizer = load_tokenizer(config.actor_model_name_or_path, config.chat_template)
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         decoder, line = create_decoder(config.rollout_engine, whole, sampling, limit=tolerance(dtype), **ends)
     if line:
         console.print(line)
+    memory = MicroBatches(runtime, partial(run.limit_micro_batches, config.half_micro_batches()))
     collector = Collector(
         engine,
         rewards,
@@ -147,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
         config.max_tokens_per_batch,
         config.old_logprobs,
         decoder,
+        memory,
+        MicroBatches(runtime, unit="the answers to {} prompts"),
     )
 
     def save_actor(name: str) -> None:
@@ -200,7 +204,6 @@ def main(argv: list[str] | None = None) -> None:
         rows = partial(repro_responses, minibatch, tokenizer)
         return bad_steps.found(f"step {step}, minibatch {position}", stats, rows)
 
-    memory = MicroBatches(runtime)
     engines = {"actor": engine.actor} | ({"critic": engine.critic} if engine.critic is not None else {})
     parts = {"metrics": metrics, "samples": samples_file, "bad_scores": bad_scores, "bad_steps": bad_steps}
     parts |= {"best": best, "kl_coef": kl_coef, "monitor": monitor}
