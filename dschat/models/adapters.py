@@ -4,15 +4,13 @@ Step 2 trains one with ``--lora_dim``; step 3 puts it on the frozen reference, s
 LLaMA-Factory's ``reward_model_type: lora``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from dschat.engine.sharded_loading import whole_loading
-from dschat.models.forward import model_inputs
 from dschat.models.load import load_scorer
 from dschat.models.lora import load_adapter, merge_adapter, read_adapter
-from dschat.models.packed import can_pack, pack
 from dschat.models.scorer import Scorer, load_score_stats
 
 import torch
@@ -38,15 +36,10 @@ class AdapterScorer(Scorer):
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, T), (B, T) -> (B, T) float32: (raw - mean) / std of each prefix; at padding it means nothing."""
-        if can_pack(self.model):
-            packed = pack(input_ids, attention_mask)
-            return packed.at_tokens(self._values(lambda: packed.run(self.model, self.model)))
-        inputs = model_inputs(self.model, input_ids, attention_mask)
-        return self._values(lambda: self.model(**inputs, use_cache=False))
+        return super().forward(input_ids, attention_mask)
 
-    def _values(self, run: Callable[[], Any]) -> torch.Tensor:
-        """(B, T) float32, of what reaches the vocabulary projection when ``run`` calls the model, with the adapter on;
-        only one position goes through it."""
+    def _values(self, **inputs: Any) -> torch.Tensor:
+        """Of what reaches the vocabulary projection with the adapter on; only one position goes through it."""
         found = []
 
         def keep(_: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
@@ -57,12 +50,12 @@ class AdapterScorer(Scorer):
         hook = projection.register_forward_pre_hook(keep)
         try:
             with _adapter_on(self.model):
-                run()
+                self.model(**inputs)
         finally:
             hook.remove()
         [hidden] = found
         self.head.to(hidden.device, hidden.dtype)  # the trunk may have moved
-        return (self.head(hidden).squeeze(-1).float() - self.mean) / self.std
+        return self._read(self.head, hidden)
 
 
 def add_adapter_reward(model: PreTrainedModel, adapter_dir: str, *, normalize: bool = True) -> AdapterScorer:

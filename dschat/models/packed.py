@@ -5,6 +5,7 @@ into rows, padded on the right, where being causal is all the masking that they 
 knows them by a mask of whole numbers, which Hugging Face's models hand through as they hand through any 4D mask.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,9 @@ class Packed:
     rows: Rows
     columns: Tensor  # (B, T) int64: where in N the token is; 0 at padding
 
-    def run(self, model: nn.Module, family: PreTrainedModel, **options: Any) -> Any:
-        """What ``model`` (a module, or the engine around it) gives for the tokens. ``family``: the model inside.
+    def run(self, model: Callable[..., Any], family: PreTrainedModel, **options: Any) -> Any:
+        """What ``model`` (a module, the engine around it, or what calls it) gives for the tokens.
+        ``family``: the model inside.
 
         Raises:
             RuntimeError: a layer did not hand the rows to its attention, so that each token saw those of all rows.
@@ -77,13 +79,25 @@ def token_logits(
     return model(**inputs, use_cache=False, logits_to_keep=size).logits[:, :-1][wanted[:, 1 - size :]][None]
 
 
+def token_values(
+    call: Callable[..., Tensor], family: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """(B, T), (B, T) -> (B, T): what ``call``, given the inputs of a Hugging Face model, finds at each token; what
+    stands at padding means nothing. ``family``: the model that it calls."""
+    if can_pack(family):
+        packed = pack(input_ids, attention_mask)
+        return packed.at_tokens(packed.run(call, family))
+    return call(**model_inputs(family, input_ids, attention_mask), use_cache=False)
+
+
 def on_tokens(values: Tensor, wanted: Tensor) -> Tensor:
     """What was found for each of M ``wanted`` tokens, (1, M), at their places: (B, T), 0 elsewhere."""
     return values.new_zeros(wanted.shape).masked_scatter(wanted, values)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, num_shared: Tensor | None = None) -> Packed:
-    """
+    """The tokens of a batch, laid end to end row by row.
+
     Args:
         input_ids, attention_mask: (B, T), bool, padding anywhere.
         num_shared: (B / 2,) tokens that a row of the second half has in common with its row of the first, from the

@@ -10,8 +10,7 @@ from typing import Any
 from dschat.data.templates import encode_answers
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
-from dschat.models.forward import model_inputs
-from dschat.models.packed import can_pack, pack
+from dschat.models.packed import token_values
 
 import torch
 from safetensors import SafetensorError
@@ -40,16 +39,14 @@ class Scorer(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, T), (B, T) -> (B, T) float32: the value of each prefix; what stands at padding means nothing."""
-        head: Any = self.model.score
+        return token_values(self._values, self.model, input_ids, attention_mask)
 
-        def values(hidden: torch.Tensor) -> torch.Tensor:
-            return (head(hidden).squeeze(-1).float() - self.mean) / self.std
+    def _values(self, **inputs: Any) -> torch.Tensor:
+        return self._read(self.model.score, self.model.base_model(**inputs).last_hidden_state)
 
-        if can_pack(self.model):
-            packed = pack(input_ids, attention_mask)
-            return packed.at_tokens(values(packed.run(self.model.base_model, self.model).last_hidden_state))
-        inputs = model_inputs(self.model, input_ids, attention_mask)
-        return values(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
+    def _read(self, head: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, H) -> (…) float32."""
+        return (head(hidden).squeeze(-1).float() - self.mean) / self.std
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.model.gradient_checkpointing_enable(**options)
