@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py                                   4 layers x 256, 64 + 64 tokens, batch 16, bf16
     python benchmarks/rollout.py --lengths drawn --json rollout.json
+    python benchmarks/rollout.py --lengths drawn --batch 64 --at_once 16        more answers than are decoded at once
     python benchmarks/rollout.py --size 1.3b --batch 128 --prompt 256 --response 256           on a GPU
 
 They take turns. All sides sample from the same model, on random prompts of one length, at temperature 1. Fixed
@@ -17,7 +18,7 @@ from itertools import count
 
 from dschat.errors import UserError, run_program
 from dschat.models.attention import use_fast_attention
-from dschat.rlhf.rollout import Sampling, banned_token_ids, generate, row_uniforms
+from dschat.rlhf.rollout import Sampling, banned_token_ids, generate_in_batches, row_uniforms
 from dschat.rlhf.slots import SlotDecoder
 
 import torch
@@ -60,22 +61,25 @@ def engine(name: str, model: PreTrainedModel, args: argparse.Namespace) -> Calla
         do_sample=True, max_new_tokens=args.response, top_k=0, top_p=1.0, eos_token_id=EOS_ID, pad_token_id=PAD_ID
     )
     ends = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-
+    at_once = args.at_once or args.batch
     decoder = SlotDecoder()
 
     def ours(prompts: torch.Tensor, seed: int) -> list[int]:
         uniforms = row_uniforms(args.batch, args.response, seed)
         given = (model, prompts, torch.ones_like(prompts), sampling, uniforms)
-        return decoder.generate(*given, batch_size=args.batch, **ends).response_mask.sum(1).tolist()
+        return decoder.generate(*given, batch_size=at_once, **ends).response_mask.sum(1).tolist()
 
     def plain(prompts: torch.Tensor, seed: int) -> list[int]:
         uniforms = row_uniforms(args.batch, args.response, seed)
-        rollout = generate(model, prompts, torch.ones_like(prompts), sampling, uniforms, **ends)
-        return rollout.response_mask.sum(1).tolist()
+        given = (model, prompts, torch.ones_like(prompts), sampling, uniforms)
+        return generate_in_batches(*given, batch_size=at_once, **ends).response_mask.sum(1).tolist()
 
     def hugging_face(prompts: torch.Tensor, seed: int) -> list[int]:
-        whole = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=options)
-        return (whole[:, args.prompt :] != PAD_ID).sum(1).tolist()  # the model cannot draw the pad token
+        lengths: list[int] = []
+        for some in prompts.split(at_once):
+            whole = model.generate(some, attention_mask=torch.ones_like(some), generation_config=options)
+            lengths += (whole[:, args.prompt :] != PAD_ID).sum(1).tolist()  # the model cannot draw the pad token
+        return lengths
 
     def continuous(prompts: torch.Tensor, seed: int) -> list[int]:
         answers = model.generate_batch(prompts.tolist(), generation_config=options, warmup=device.type == "cuda")
@@ -103,6 +107,7 @@ def main() -> None:
     made = parser(__doc__)
     add_turn_flags(made, repeats=10)
     add_length_flags(made)
+    made.add_argument("--at_once", type=int, default=0, help="answers decoded at once, at most; 0: all of the batch")
     made.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, help="the first is compared")
     args = made.parse_args()
     device, dtype = start(args)
