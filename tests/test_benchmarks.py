@@ -23,6 +23,7 @@ from transformers import DynamicCache, LlamaConfig, OPTConfig
 sys.path.append(str(ROOT / "benchmarks"))
 
 import data  # noqa: E402
+import growth  # noqa: E402
 import harness  # noqa: E402
 import machine  # noqa: E402
 import rollout  # noqa: E402
@@ -277,7 +278,7 @@ SHORT = ("--repeats", "1", "--warmup", "1", "--batch", "4")
 
 @pytest.mark.long
 def test_rollout_measures_engines_on_the_same_work(tmp_path, monkeypatch):
-    flags = (*SHORT, "--prompt", "6", "--response", "8", "--engines", "dschat", "generate")
+    flags = (*SHORT, "--at_once", "3", "--prompt", "6", "--response", "8", "--engines", "dschat", "generate")
     found = benchmark(monkeypatch, rollout.main, tmp_path / "out.json", *flags)
     assert [row["side"] for row in found["table"]] == ["dschat", "generate"]
     assert all(facts["lengths"] == [8] * 4 for side in found["turns"].values() for facts in side)
@@ -341,6 +342,26 @@ def test_the_programs_are_measured_as_they_are(stage, tmp_path, monkeypatch):
         assert train > 0 and reference > 0 and both == pytest.approx(train + reference, abs=0.11)
         assert reference == pytest.approx(4 * 1000 * facts["reference_s_per_row"], abs=0.06)
         assert facts["data"][0] * facts["reference_s_per_row"] < found["first"]["dschat"][0]["seconds"]
+
+
+def test_growth_shows_each_point_with_all_its_phases(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def step(changes, dtype, repeats):
+        calls.append((changes, dtype, repeats))
+        return {"rollout": 0.5, "score": 0.25, "train": 1.0 + len(calls)}
+
+    monkeypatch.setattr(growth, "random_step", step)
+    monkeypatch.setattr(growth, "steps_on_ranks", lambda *_: iter([("2 ranks, ZeRO 3", step({"ranks": 2}, "", 0))]))
+    flags = ["--dtype", "fp32", "--answers", "4", "8", "--lengths", "16", "--sizes", "tiny"]
+    picture = tmp_path / "deep" / "growth.png"
+    found = benchmark(monkeypatch, growth.main, tmp_path / "out.json", *flags, "--picture", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    changes = [changes for changes, *_ in calls]
+    assert changes == [{"batch": 4}, {"batch": 8}, {"response": 16}, {"size": "tiny", "micro_batch": 4}, {"ranks": 2}]
+    assert [row["step, ms"] for row in found["table"]] == ["2750", "3750", "4750", "5750", "6750"]
+    assert found["found"]["ranks"]["2 ranks, ZeRO 3"]["train"] == 6.0
+    assert "ranks                2 ranks, ZeRO 3          500        250" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", start_up.PROGRAMS)
