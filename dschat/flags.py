@@ -4,7 +4,7 @@ import dataclasses
 import os
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dschat.config import DTYPES, flag, require_not_negative, require_positive, to_dict
 from dschat.data.specs import DataSpec
@@ -190,7 +190,7 @@ class LoraModeFlags:
 class MicroBatchFlags:
     """Those that cut an optimizer step into micro-batches; of a dataclass that has them."""
 
-    ROWS: ClassVar[str]  # the name of the flag that bounds their rows
+    ROWS = ""  # the name of the flag that bounds their rows
     gradient_accumulation_steps: int
     max_tokens_per_batch: int
 

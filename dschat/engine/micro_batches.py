@@ -71,10 +71,13 @@ class MicroBatches:
                 finish, or the optimizer's state is in the CPU's memory, where the gradient goes with the pass.
             UserError: memory does not suffice for one row.
         """
-        offloads = any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
-        waits = self._waits(engine.zero_optimization_stage() > 1 or is_sharded(also))
+
+        def ends() -> bool:
+            offloads = any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
+            return offloads or self._waits(engine.zero_optimization_stage() > 1 or is_sharded(also))
+
         mend = "shorten them, turn gradient checkpointing on, or shard the model with a higher ZeRO stage"
-        return self._until_it_fits(accumulate, waits or offloads, mend, lambda: drop_gradient(engine))
+        return self._until_it_fits(accumulate, ends, mend, lambda: drop_gradient(engine))
 
     def ask(self, compute: Callable[[], Result], *models: nn.Module | None) -> Result:
         """The same without a gradient: ``compute`` asks ``models`` in portions that it gets from `cut` or `rows`.
@@ -83,13 +86,17 @@ class MicroBatches:
             StartAgain: one of them is sharded over several ranks.
             UserError: memory does not suffice for one row.
         """
-        return self._until_it_fits(compute, self._waits(any(map(is_sharded, models))), "shorten them")
+        return self._until_it_fits(compute, lambda: self._waits(any(map(is_sharded, models))), "shorten them")
 
     def _waits(self, is_collective: bool) -> bool:
         return is_collective and self.runtime.world_size > 1
 
     def _until_it_fits(
-        self, compute: Callable[[], Result], ends: bool, mend: str, clean: Callable[[], None] = lambda: None
+        self,
+        compute: Callable[[], Result],
+        ends: Callable[[], bool],
+        mend: str,
+        clean: Callable[[], None] = lambda: None,
     ) -> Result:
         while True:
             self._most_rows = 0
@@ -101,7 +108,7 @@ class MicroBatches:
                 said = f"rank {self.runtime.rank}: out of memory on {self.unit.format(self._most_rows)}"
                 if self._most_rows < 2:
                     raise UserError(f"{said}; {mend}") from error
-                if ends:
+                if ends():
                     if self.remember is None:
                         raise
                     self.remember()

@@ -101,12 +101,10 @@ class RunState:
             self.say(f"memory ran out in this run before: micro-batches of at most {limits} (--fresh forgets it)")
         return found
 
-    def limit_micro_batches(self, limits: dict[str, int]) -> None:
-        """For the next start; by this rank alone."""
-        path = self.folder / LIMITS.format(self.runtime.rank)
-        written = path.with_suffix(".tmp")
-        written.write_text(json.dumps(limits), encoding="utf-8")
-        os.replace(written, path)
+    @property
+    def limits_file(self) -> Path:
+        """Where this rank notes `micro_batch_limits` for the next start."""
+        return self.folder / LIMITS.format(self.runtime.rank)
 
     def is_finished(self, identity: Callable[[], RunIdentity]) -> bool:
         """Whether the output directory holds this very run, done; else what to go on from is settled.
@@ -310,6 +308,13 @@ class RunState:
         if mistake:
             raise UserError(mistake)
         return result
+
+
+def limit_micro_batches(path: Path, limits: dict[str, int]) -> None:
+    """Note them in a `RunState.limits_file`."""
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps(limits), encoding="utf-8")
+    os.replace(written, path)
 
 
 def _tensor_bytes(state: Any) -> int:

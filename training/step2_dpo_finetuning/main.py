@@ -68,7 +68,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import backward, create_train_engine, grad_norm, learning_rate, save_weights
 from dschat.engine.distributed import Runtime, all_reduce_sum, init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
-from dschat.engine.run_state import RunState
+from dschat.engine.run_state import RunState, limit_micro_batches
 from dschat.engine.sharded_loading import sharded_loading
 from dschat.models.adapted import trained_table
 from dschat.models.adapter_files import refuse_other_kind
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
             f"margin {values['eval/margin']:.3f}"
         )
 
-    memory = MicroBatches(runtime, partial(run.limit_micro_batches, config.half_micro_batches()))
+    memory = MicroBatches(runtime, partial(limit_micro_batches, run.limits_file, config.half_micro_batches()))
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:

@@ -35,7 +35,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import learning_rate, save_weights, whole_model
 from dschat.engine.distributed import init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
-from dschat.engine.run_state import RunState
+from dschat.engine.run_state import RunState, limit_micro_batches
 from dschat.models.adapter_files import refuse_other_kind
 from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         decoder, line = create_decoder(config.rollout_engine, whole, sampling, limit=tolerance(dtype), **ends)
     if line:
         console.print(line)
-    memory = MicroBatches(runtime, partial(run.limit_micro_batches, config.half_micro_batches()))
+    memory = MicroBatches(runtime, partial(limit_micro_batches, run.limits_file, config.half_micro_batches()))
     collector = Collector(
         engine,
         rewards,
