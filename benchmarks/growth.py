@@ -73,6 +73,7 @@ def steps_on_ranks(folder: Path, repeats: int, dtype: str) -> Iterator[tuple[str
 def draw(path: Path, found: dict[str, dict[str, Seconds]]) -> None:
     """A panel for each thing that grows; numbers on logarithmic axes, on which twice the work is one slope."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(3.4 * len(found), 3.3), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
@@ -86,6 +87,8 @@ def draw(path: Path, found: dict[str, dict[str, Seconds]]) -> None:
             axes.bar(range(len(points)), heights, bottom=below, color=colour, label=phase)
         if is_number:
             axes.set_xticks([float(label) for label in points], list(points))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.minorticks_off()
         else:
             axes.set_xticks(range(len(points)), [label.replace(", ", "\n") for label in points], fontsize=7)
