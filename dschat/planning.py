@@ -112,6 +112,8 @@ def plan_lines(plan: Plan, planned: Planned, batch_flags: Mapping[str, int], cha
     where += f", kept of freed activations {gb(plan.kept)}" if plan.kept else ""
     peak = f"peak of a rank: {gb(plan.peak)} GB, of {gb(machine.free)} GB free {memory}, {where}"
     lines = [peak]
+    if machine.on_cpu and sum(model.num_trained > 0 for model in plan.models) > 1:
+        lines.append("with two trained models, runs on a CPU took up to 22 % more than planned (docs/scaling.md)")
     if plan.on_host:
         lines.append(f"offloaded: {gb(plan.on_host)} GB of a rank, of {gb(machine.host_free)} GB free in the host")
     lines.append(f"disk: {gb(plan.disk)} GB, the checkpoints while it runs and the models at the end")

@@ -177,6 +177,17 @@ def test_a_plan_that_does_not_fit_says_what_would_help_most(capsys):
     assert plan_of(capsys, "sft", "--plan_for", "1x16", **flags)[0] == DOES_NOT_FIT
 
 
+def test_what_the_plan_is_known_to_miss_is_said_where_it_misses_it(model_dirs, capsys):
+    flags = {"max_prompt_seq_len": 8, "max_answer_seq_len": 8, "actor_model_name_or_path": model_dirs("llama")}
+    warning = "runs on a CPU took up to 22 % more than planned"
+    for place, is_missed in (("2", True), ("2x16", False)):
+        code, shown = plan_of(
+            capsys, "ppo", "--plan_for", place, **flags, critic_model_name_or_path=model_dirs("llama")
+        )
+        assert code == 0 and (warning in shown) == is_missed, shown
+    assert warning not in plan_of(capsys, "sft", model_name_or_path=model_dirs("llama"))[1]
+
+
 def test_calibration_by_hand():
     """Steps end at 10, 14 and 18 s after an evaluation that ends at 2: 4 s each; the last evaluation takes 1 s."""
     times = [{"time": 2.0, "eval/loss": 1.0}, *({"time": t, "lr": 0.1} for t in (10.0, 14.0, 18.0)), {"time": 19.0}]
