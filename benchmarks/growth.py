@@ -77,7 +77,7 @@ def draw(path: Path, found: dict[str, dict[str, Seconds]]) -> None:
 
     figure = Figure(figsize=(3.4 * len(found), 3.3), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        is_number = all(label.replace(".", "").isdigit() for label in points)
+        is_number = all(label.isdigit() for label in points)
         for colour, phase in zip(COLOURS, PHASES, strict=True):
             heights = [seconds[phase] for seconds in points.values()]
             if is_number:

@@ -1,11 +1,15 @@
 """Out of memory in the middle of a pass, at every ZeRO stage: the step is that of enough memory."""
 
+from types import SimpleNamespace
+
 from dschat.engine.deepspeed_engine import TrainSpec, backward, create_train_engine, whole_model
-from dschat.engine.distributed import init_runtime, set_seed
+from dschat.engine.distributed import Runtime, init_runtime, set_seed
 from dschat.engine.micro_batches import MicroBatches
+from dschat.errors import StartAgain, UserError
 
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import nn
 
 ROWS, SIZE = 12, 5
@@ -108,3 +112,60 @@ def test_the_steps_stay_the_same(stage, dtype, way):
     rounding = 1e-6 if dtype == torch.float32 else 2e-2
     assert halved_losses == pytest.approx(losses, rel=rounding)
     torch.testing.assert_close(halved, weights, rtol=rounding, atol=rounding)
+
+
+def asks(rows):
+    """What has room for no more than so many of 8 rows."""
+
+    def run(memory, ask):
+        def compute():
+            for batch in memory.cut([torch.zeros(8, 1)], len, lambda batch, some: batch[some]):
+                Memory.hold(batch)
+            return "done"
+
+        Memory.rows = rows
+        return ask(memory, compute)
+
+    return run
+
+
+def engine_at(stage, cpu_offload=False):
+    """Of that stage, which is all that is asked of it before a pass has to be undone."""
+    engine = object.__new__(DeepSpeedEngine)
+    nn.Module.__init__(engine)
+    engine.zero_optimization_stage = lambda: stage
+    engine.optimizer = SimpleNamespace(cpu_offload=cpu_offload)
+    return engine
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_no_rank_makes_other_passes_than_the_rest_in_any_model_that_shares_the_micro_batches(stage, trains):
+    """Memory runs out in a critic at ZeRO 0, or in scoring; the actor, whose passes are collectives, is cut alike."""
+    critic, noted, said = engine_at(0), [], []
+
+    def ask(memory, compute):
+        return memory.run(critic, compute) if trains else memory.ask(compute)
+
+    pair = Runtime(1, 2, torch.device("cpu"))
+    memory = MicroBatches(pair, [engine_at(stage), critic, None], lambda: noted.append(1), said.append)
+    with pytest.raises(StartAgain, match="rank 1: out of memory on a micro-batch of 8 rows; start the same command"):
+        asks(4)(memory, ask)
+    assert noted == [1] and memory.halvings == 0 and not said
+    forgetful = MicroBatches(pair, [engine_at(stage)], say=said.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        asks(4)(forgetful, ask)
+    for place, models in ((runtime, [engine_at(stage)]), (pair, [engine_at(1), None])):
+        alone = MicroBatches(place, models, say=said.append)
+        assert asks(4)(alone, lambda memory, compute: memory.ask(compute)) == "done" and alone.halvings == 1
+    assert len(said) == 2
+
+
+def test_an_optimizer_in_the_memory_of_the_cpu_starts_again_and_one_row_is_the_end():
+    noted = []
+    memory = MicroBatches(runtime, [], lambda: noted.append(1))
+    with pytest.raises(StartAgain):
+        asks(4)(memory, lambda memory, compute: memory.run(engine_at(2, cpu_offload=True), compute))
+    assert noted == [1]
+    with pytest.raises(UserError, match="out of memory on a micro-batch of 1 rows; shorten them"):
+        asks(0)(memory, lambda memory, compute: memory.ask(compute))

@@ -87,8 +87,13 @@ def unwrap(model: nn.Module | deepspeed.DeepSpeedEngine) -> nn.Module:
     return model.module if isinstance(model, deepspeed.DeepSpeedEngine) else model
 
 
-def is_sharded(model: nn.Module | deepspeed.DeepSpeedEngine | None) -> bool:
+def is_sharded(model: nn.Module | deepspeed.DeepSpeedEngine) -> bool:
     return isinstance(model, deepspeed.DeepSpeedEngine) and model.zero_optimization_stage() == 3
+
+
+def has_collectives(model: nn.Module | deepspeed.DeepSpeedEngine | None) -> bool:
+    """Whether passes of it are: at ZeRO 2 those back, at 3 all. Below, only its steps are."""
+    return isinstance(model, deepspeed.DeepSpeedEngine) and model.zero_optimization_stage() > 1
 
 
 @contextmanager

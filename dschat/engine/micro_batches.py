@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from dschat.engine.deepspeed_engine import is_sharded
+from dschat.engine.deepspeed_engine import has_collectives
 from dschat.engine.distributed import Runtime
 from dschat.errors import StartAgain, UserError
 
@@ -22,16 +22,19 @@ class MicroBatches:
     def __init__(
         self,
         runtime: Runtime,
+        models: Sequence[nn.Module | None] = (),
         remember: Callable[[], None] | None = None,
         say: Callable[[str], None] = print,
         unit: str = "a micro-batch of {} rows",
     ):
         """
         Args:
+            models: that are asked in them, all of them, as a rank must not make more passes than another in one whose
+                passes are collectives.
             remember: lets the same command, started again, make them half as large from its beginning.
             unit: what a micro-batch is called.
         """
-        self.runtime, self.say, self.remember, self.unit = runtime, say, remember, unit
+        self.runtime, self.models, self.say, self.remember, self.unit = runtime, models, say, remember, unit
         self.halvings = 0
         self._most_rows = 0  # of a micro-batch of the pass that is under way
 
@@ -58,38 +61,37 @@ class MicroBatches:
             )
         return parts
 
-    def run(
-        self, engine: deepspeed.DeepSpeedEngine, accumulate: Callable[[], Result], also: nn.Module | None = None
-    ) -> Result:
+    def run(self, engine: deepspeed.DeepSpeedEngine, accumulate: Callable[[], Result]) -> Result:
         """What ``accumulate`` gives: forward and backward passes of ``engine`` over micro-batches that it gets from
         `cut`. When memory runs out in it, its gradient is dropped and it is called anew, with micro-batches of half
         the size from here on. No gradient may be there before, and no optimizer step or collective may be in it.
-        ``also``: a frozen model that it asks too.
 
         Raises:
-            StartAgain: there are several ranks at ZeRO 2 or 3, where the others wait in a pass that this one cannot
-                finish, or the optimizer's state is in the CPU's memory, where the gradient goes with the pass.
+            StartAgain: there are several ranks and a model at ZeRO 2 or 3, where the others wait in a pass that this
+                one cannot finish; or the optimizer's state is in the CPU's memory, where the gradient goes with the
+                pass.
             UserError: memory does not suffice for one row.
         """
 
         def ends() -> bool:
-            offloads = any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
-            return offloads or self._waits(engine.zero_optimization_stage() > 1 or is_sharded(also))
+            return self._waits() or any(
+                getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer")
+            )
 
         mend = "shorten them, turn gradient checkpointing on, or shard the model with a higher ZeRO stage"
         return self._until_it_fits(accumulate, ends, mend, lambda: drop_gradient(engine))
 
-    def ask(self, compute: Callable[[], Result], *models: nn.Module | None) -> Result:
-        """The same without a gradient: ``compute`` asks ``models`` in portions that it gets from `cut` or `rows`.
+    def ask(self, compute: Callable[[], Result]) -> Result:
+        """The same without a gradient: ``compute`` works in portions that it gets from `cut` or `rows`.
 
         Raises:
-            StartAgain: one of them is sharded over several ranks.
+            StartAgain: there are several ranks and a model at ZeRO 2 or 3.
             UserError: memory does not suffice for one row.
         """
-        return self._until_it_fits(compute, lambda: self._waits(any(map(is_sharded, models))), "shorten them")
+        return self._until_it_fits(compute, self._waits, "shorten them")
 
-    def _waits(self, is_collective: bool) -> bool:
-        return is_collective and self.runtime.world_size > 1
+    def _waits(self) -> bool:
+        return self.runtime.world_size > 1 and any(map(has_collectives, self.models))
 
     def _until_it_fits(
         self,

@@ -98,7 +98,7 @@ def ask_models(collector: Collector, rollout: Rollout, scores: Scores, action_ma
         collector.micro_batch_size,
         max_tokens=collector.max_tokens,
         old_logprobs=collector.old_logprobs,
-        memory=collector.memory or MicroBatches(runtime),
+        memory=collector.memory or MicroBatches(runtime, collector.engine.policy_models),
     )
     return gather_experience(local, runtime, collector.tokenizer.pad_token_id, collector.num_samples)
 

@@ -168,7 +168,7 @@ def score_rollout(
     scored = {name: torch.zeros(size, device=scores.device) for name in columns}
     scored["final_values"] = torch.zeros(size[0], device=scores.device)
     parts = parts_of(sizes_of(rollout), range(size[0]), micro_batch_size, max_tokens)
-    memory, models = memory or MicroBatches(Runtime(0, 1, scores.device)), (engine.actor, engine.ref, engine.critic)
+    memory = memory or MicroBatches(Runtime(0, 1, scores.device))
     parts += parts[:1] * (int(all_reduce_max(len(parts), memory.runtime)) - len(parts))  # equally many on every rank
 
     def ask_in_parts(part: list[int]) -> None:
@@ -199,7 +199,7 @@ def score_rollout(
             scored[name][rows, : mask.shape[1]] = _masked(value, mask).float()
 
     for part in parts:
-        memory.ask(partial(ask_in_parts, part), *models)
+        memory.ask(partial(ask_in_parts, part))
     return Experience(
         rollout.input_ids,
         rollout.attention_mask,

@@ -70,7 +70,7 @@ def train_rlhf(
     orders = [torch.randperm(len(experience), generator=generator) for _ in range(spec.ppo_epochs)]
     minibatches = [rows for order in orders for rows in order.to(experience.scores.device).split(spec.minibatch_size)]
     progress = progress if progress is not None else UpdateProgress()
-    memory = memory or MicroBatches(runtime)
+    memory = memory or MicroBatches(runtime, engine.policy_models)
     for rows in minibatches[progress.position :]:
         minibatch = experience.rows(rows)
         if minibatch.action_mask.any():
@@ -147,7 +147,7 @@ def add_policy_gradient(
             sums.add("policy/ptx_loss", loss)
         return sums
 
-    return memory.run(engine.actor, accumulate, also=engine.ref).reduce(runtime)
+    return memory.run(engine.actor, accumulate).reduce(runtime)
 
 
 def policy_objective(

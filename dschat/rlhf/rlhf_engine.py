@@ -41,6 +41,11 @@ class RLHFEngine:
     trunk: PreTrainedModel | None = None  # the actor without its adapters, on the very same weights, where it has any
     ema: EMA | None = None
 
+    @property
+    def policy_models(self) -> tuple[nn.Module | None, ...]:
+        """Those that training and scoring ask about a micro-batch of responses."""
+        return self.actor, self.critic, self.ref
+
     def train(self) -> None:
         self.actor.train()
         if self.critic is not None:

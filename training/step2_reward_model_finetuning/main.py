@@ -164,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         return scores
 
-    memory = MicroBatches(runtime, partial(limit_micro_batches, run.limits_file, config.half_micro_batches()))
+    remember = partial(limit_micro_batches, run.limits_file, config.half_micro_batches())
+    memory = MicroBatches(runtime, [engine], remember)
     bad_steps = BadSteps(config.output_dir, runtime.rank, console.print)
     run.restore({"model": engine}, {"metrics": metrics, "bad_steps": bad_steps})
     if run.is_new:

@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         decoder, line = create_decoder(config.rollout_engine, whole, sampling, limit=tolerance(dtype), **ends)
     if line:
         console.print(line)
-    memory = MicroBatches(runtime, partial(limit_micro_batches, run.limits_file, config.half_micro_batches()))
+    remember = partial(limit_micro_batches, run.limits_file, config.half_micro_batches())
+    memory = MicroBatches(runtime, engine.policy_models, remember)
     collector = Collector(
         engine,
         rewards,
