@@ -7,6 +7,7 @@ import dschat.rlhf.slots as module
 from dschat.functional import token_logprobs
 from dschat.models.attention import use_fast_attention
 from dschat.models.forward import response_logits
+from dschat.rlhf import decode_step
 from dschat.rlhf.experience import sequences
 from dschat.rlhf.rollout import Rollout, Sampling, generate, row_uniforms
 from dschat.rlhf.rollout_engine import SLOTS, create_decoder, why_not_slots
@@ -198,13 +199,13 @@ def test_create_decoder_takes_the_engine_that_agrees_with_the_model(llama, token
     def late(self, keys, values, where):
         plain(self, keys, values, (where[0], where[1], (where[2] - 1).clamp(min=0)))
 
-    plain = module._SlotLayer.__init__
+    plain = decode_step._SlotLayer.__init__
     with monkeypatch.context() as patch:
-        patch.setattr(module._SlotLayer, "__init__", late)
+        patch.setattr(decode_step._SlotLayer, "__init__", late)
         decoder, line = created(SLOTS, llama, tokenizer)
     assert decoder is None and "nats away from a forward of the model" in line
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_record", lambda *_: 1 / 0)
+        patch.setattr(module, "traced", lambda *_: 1 / 0)
         decoder, line = created(SLOTS, llama, tokenizer)
     assert decoder is None and line == "rollout engine hf in place of slots: division by zero"
 

@@ -6,6 +6,7 @@ and neither a temperature nor banned tokens need changed logits.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,9 +38,14 @@ def log_softmax(logits: Tensor, temperature: float, banned_ids: tuple[int, ...])
         return logits.log_softmax(dim=-1, dtype=torch.float32)
     adjusted = logits.float() if temperature == 1.0 else logits.float() / temperature
     if banned_ids:
-        banned = torch.tensor(banned_ids, device=logits.device)
-        adjusted = adjusted.index_fill(-1, banned, torch.finfo(adjusted.dtype).min)
+        adjusted = adjusted.index_fill(-1, _on(logits.device, banned_ids), torch.finfo(adjusted.dtype).min)
     return adjusted.log_softmax(dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
+    """The ids there; copied once, because a copy from the host makes it wait for a GPU, and cannot be recorded."""
+    return torch.tensor(ids, device=device)
 
 
 def distribution(logits: Tensor, temperature: float, banned_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def create_decoder(
         try:
             found = gap(decoder.generate(model, *prompts, few, uniforms, batch_size=2, **ends))
             if found <= limit:
-                return decoder, None
+                return decoder, f"decoding without CUDA graphs: {decoder.problem}" if decoder.problem else None
             reason = f"it is {found:.1e} nats away from a forward of the model"
         except Exception as error:  # whatever a family's code does with our cache, the plain loop can do
             reason = " ".join(str(error).split())[:200]
