@@ -178,7 +178,9 @@ def test_an_evaluation_after_a_step_has_no_dropout(loss_type, tokenizer, few):
     found = []
     for _ in range(2):
         engine.train()
-        found.append(program("dpo").evaluate(engine, engine.model, objective, rows.in_order(), rows.runtime))
+        found.append(
+            program("dpo").evaluate(engine, engine.model, objective, rows.in_order(), MicroBatches(rows.runtime))
+        )
     assert found[0] == found[1]
 
 

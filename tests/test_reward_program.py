@@ -7,6 +7,7 @@ from pathlib import Path
 from dschat.data.loader import collate_rankings
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.distributed import Runtime
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.models.load import load_scorer
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
@@ -118,7 +119,7 @@ def test_scores_of_a_batch_stand_where_their_ranks_do(rankings_file, base, cache
                 alone = scorer(torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1]
                 assert scores[i, k].item() == pytest.approx(alone.item(), abs=1e-5)
             assert (scores[i, len(row["ranks"]) :] == 0).all()
-    everything = [score_rankings(scorer, data.eval, size, 0, ALONE, Console(False)) for size in (3, 50)]
+    everything = [score_rankings(scorer, data.eval, size, 0, MicroBatches(ALONE), Console(False)) for size in (3, 50)]
     assert everything[0].shape == (len(data.eval), 4) and everything[0].dtype == np.float64
     assert np.allclose(everything[0], everything[1], atol=1e-5, equal_nan=True)
     assert (np.isfinite(everything[0]).sum(1) == list(map(len, data.eval["ranks"]))).all()

@@ -194,6 +194,22 @@ def test_with_the_actors_tokenizer_the_sampled_ids_are_scored_as_they_are(tokeni
     assert judged.masks == []
 
 
+def test_answers_that_memory_has_no_room_for_are_scored_in_smaller_portions(tokenizer, samples, capsys):
+    scorer = Scorer(classifier(tokenizer))
+    source = FullReward(scorer, tokenizer, tokenizer, micro_batch_size=len(samples.token_ids), device=CPU)
+    expected, sizes = source(samples).scores, []
+
+    def limited(_, given):
+        sizes.append(len(given[0]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError
+
+    scorer.register_forward_pre_hook(limited)
+    assert source(samples).scores == pytest.approx(expected, abs=1e-5)
+    assert sizes[0] == len(samples.token_ids) and sizes[-len(samples.token_ids) :] == [1] * len(samples.token_ids)
+    assert "out of memory" in capsys.readouterr().out
+
+
 def test_a_model_sharded_by_deepspeed_scores_the_same(tokenizer, samples):
     runtime = init_runtime(0)
     model = classifier(tokenizer)

@@ -1,7 +1,10 @@
 """Scores of ranked answers: a row for each prompt, a column for each of its answers."""
 
-from dschat.data.loader import Batch, collate_rankings, epoch_batches
-from dschat.engine.distributed import Runtime, gather_rows
+from functools import partial
+
+from dschat.data.loader import Batch, collate_rankings, epoch_batches, num_rows, take_rows
+from dschat.engine.distributed import gather_rows
+from dschat.engine.micro_batches import MicroBatches
 from dschat.models.scorer import last_token_values
 from dschat.report.progress import Console
 
@@ -24,20 +27,30 @@ def ranking_scores(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def score_rankings(
-    model: nn.Module, rows: datasets.Dataset, batch_size: int, pad_token_id: int, runtime: Runtime, console: Console
+    model: nn.Module,
+    rows: datasets.Dataset,
+    batch_size: int,
+    pad_token_id: int,
+    memory: MicroBatches,
+    console: Console,
 ) -> np.ndarray:
     """(N, K) float64: the scores of all rows, the same on every rank; nan where a row has fewer answers. A collective.
 
-    The model is put into eval mode.
+    The model is put into eval mode. ``memory`` halves the batches where it runs out.
     """
     model.eval()
+    runtime = memory.runtime
     num_answers = max(map(len, rows["ranks"][:]))
     batches = epoch_batches(len(rows), batch_size, 1, *runtime.place, seed=0, epoch=0, shuffle=False)
+
+    def ask(batch: Batch) -> torch.Tensor:
+        return torch.cat([ranking_scores(model, part) for part in memory.cut([batch], num_rows, take_rows)])
+
     parts = []
     for (micro_batch,) in console.track(batches, len(batches), "evaluate"):
         batch = collate_rankings([rows[i] for i in micro_batch.indices], micro_batch.num_real, pad_token_id)
         batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-        scores = torch.where(batch["ranks"] > 0, ranking_scores(model, batch), torch.nan)
+        scores = torch.where(batch["ranks"] > 0, memory.ask(partial(ask, batch)), torch.nan)
         parts.append(gather_rows(pad(scores, (0, num_answers - scores.shape[1]), value=torch.nan), runtime))
     # The rows that only fill up come last.
     return torch.cat(parts)[: len(rows)].double().cpu().numpy()

@@ -1,12 +1,14 @@
 """What a policy and its reference say of the answers of a data set, in nats: what DPO and its relatives train on."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from dschat.data.loader import Batch
+from dschat.data.loader import Batch, num_rows, take_rows
 from dschat.engine.distributed import Runtime, all_reduce_max, all_reduce_sum, gather_rows
+from dschat.engine.micro_batches import MicroBatches
 from dschat.functional import sequence_logprobs, token_logprobs
 from dschat.models.packed import on_tokens, token_logits
 
@@ -47,6 +49,20 @@ def score_answers(model: nn.Module, family: PreTrainedModel, batch: Batch) -> An
         logps = torch.stack([_sequence_logps(model, family, _half(batch, 0)), mismatched], dim=1)
     lengths = batch["response_mask"].sum(1).view(2, -1).T
     return AnswerLogprobs(logps, lengths, batch["row_mask"], batch.get("ref_logps"), batch.get("good"))
+
+
+@torch.no_grad()
+def ask_answers(
+    model: nn.Module, family: PreTrainedModel, batches: Iterable[Batch], memory: MicroBatches
+) -> AnswerLogprobs:
+    """What ``model``, put into eval mode, says of the real rows of all batches and ranks. A collective. ``memory``
+    halves the batches where it runs out."""
+    model.eval()
+
+    def ask(batch: Batch) -> list[AnswerLogprobs]:
+        return [score_answers(model, family, part) for part in memory.cut([batch], num_rows, take_rows)]
+
+    return gather_answers([part for batch in batches for part in memory.ask(partial(ask, batch))], memory.runtime)
 
 
 @torch.no_grad()

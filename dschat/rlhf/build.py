@@ -7,6 +7,7 @@ from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.deepspeed_engine import create_frozen_model, create_train_engine, unwrap
 from dschat.engine.distributed import Runtime
 from dschat.engine.ema import EMA
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.sharded_loading import sharded_loading
 from dschat.errors import UserError
 from dschat.models.adapted import has_adapters, trained_table
@@ -24,6 +25,7 @@ from dschat.rlhf.rlhf_engine import RLHFEngine, load_critic, load_critic_on_trun
 from dschat.rlhf.specs import ModelsSpec
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -171,6 +173,10 @@ def create_source(
 ) -> RewardSource:
     """One source of ``spec.rewards``."""
     batch: dict[str, Any] = {"micro_batch_size": spec.micro_batch_size, "device": runtime.device}
+
+    def memory(model: nn.Module | None) -> MicroBatches:
+        return MicroBatches(runtime, [model], unit="{} answers to score")
+
     if reward.kind == "full":
         own = load_tokenizer(reward.target)
         given: dict[str, Any] = {"dtype": dtype, "normalize": spec.normalize_reward, "verify": False}
@@ -180,10 +186,10 @@ def create_source(
         model = create_frozen_model(scorer, dtype=dtype, device=runtime.device, **place)
         if spec.normalize_reward:
             check_probes(reward.target, model)
-        return FullReward(model, own, tokenizer, **batch)
+        return FullReward(model, own, tokenizer, memory=memory(model), **batch)
     if reward.kind == "lora":
         adapter, verify = engine.adapters[reward.target], spec.normalize_reward
-        return LoraReward(adapter, reward.target, tokenizer, verify=verify, **batch)
+        return LoraReward(adapter, reward.target, tokenizer, verify=verify, memory=memory(engine.ref), **batch)
     if reward.kind == "api":
         api = ApiReward(
             reward.target,

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from dschat.engine.deepspeed_engine import create_frozen_model
 from dschat.engine.distributed import Runtime, all_reduce_sum
+from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.release import release
 from dschat.engine.sharded_loading import sharded_loading, whole_weights
 from dschat.errors import UserError
 from dschat.models.load import check_context, load_causal_lm
 from dschat.report.progress import Console
-from dschat.rlhf.answer_logprobs import gather_answers, score_answers
+from dschat.rlhf.answer_logprobs import ask_answers
 from dschat.rlhf.answer_rows import AnswerRows
 from dschat.rlhf.rlhf_engine import require_same_tokenizer
 
@@ -113,12 +114,10 @@ def with_frozen_model(
             torch.cuda.empty_cache()
 
 
-@torch.no_grad()
 def _compute(model: nn.Module, family: PreTrainedModel, rows: AnswerRows, console: Console) -> Tensor:
-    model.eval()
     batches = console.track(rows.in_order(), len(rows.steps), "reference")
-    scored = [score_answers(model, family, batch) for batch in batches]
-    return gather_answers(scored, rows.runtime).logps.cpu()
+    memory = MicroBatches(rows.runtime, [model], say=console.print, unit="{} rows for the reference")
+    return ask_answers(model, family, batches, memory).logps.cpu()
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:

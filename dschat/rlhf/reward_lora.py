@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from dschat.engine.distributed import Runtime
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.models.scorer import check_probes, padding_gap, score_token_ids
 from dschat.rlhf.rewards import Judged, Samples
@@ -36,6 +38,7 @@ class LoraReward:
         *,
         micro_batch_size: int,
         device: torch.device,
+        memory: MicroBatches | None = None,
         verify: bool = True,
     ):
         require_same_tokenizer(tokenizer.name_or_path, tokenizer, adapter_dir)
@@ -46,11 +49,14 @@ class LoraReward:
                 raise UserError(f"{error} (an adapter needs the trunk that it was trained on as the actor)") from None
         self.scorer, self.micro_batch_size, self.device = scorer, micro_batch_size, device
         self.pad_token_id: int = tokenizer.pad_token_id
+        self.memory = memory or MicroBatches(Runtime(0, 1, device))
 
     def __call__(self, samples: Samples) -> Judged:
-        rows = samples.token_ids
-        scores = score_token_ids(self.scorer, rows, self.pad_token_id, self.micro_batch_size, self.device)
-        return Judged([*scores])
+        def ask() -> list[float]:
+            size = self.memory.rows(self.micro_batch_size)
+            return score_token_ids(self.scorer, samples.token_ids, self.pad_token_id, size, self.device)
+
+        return Judged([*self.memory.ask(ask)])
 
     def padding_gap(self, samples: Samples) -> float:
         """By how much padding changes the first few scores; see `dschat.models.scorer.padding_gap`."""

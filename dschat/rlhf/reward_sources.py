@@ -18,6 +18,8 @@ from dschat.data.records import Message
 from dschat.data.stages import drop_first_turn
 from dschat.data.templates import encode_answers, encode_prompt, neutralize
 from dschat.engine.deepspeed_engine import unwrap
+from dschat.engine.distributed import Runtime
+from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.models.load import max_positions
 from dschat.models.scorer import Scorer, padding_gap, score_token_ids
@@ -43,7 +45,10 @@ class FullReward:
             responses on every rank.
         tokenizer: of the reward model.
         micro_batch_size: responses scored at once, those of similar length together.
+        memory: halves that where it runs out; default: of one rank.
     """
+
+    name = "full"
 
     def __init__(
         self,
@@ -53,9 +58,10 @@ class FullReward:
         *,
         micro_batch_size: int,
         device: torch.device,
-        name: str = "full",
+        memory: MicroBatches | None = None,
     ):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer = model, tokenizer
+        self.memory = memory or MicroBatches(Runtime(0, 1, device))
         self.micro_batch_size, self.device = micro_batch_size, device
         self.reencodes = not same_encoding(tokenizer, actor_tokenizer)
         scorer = unwrap(model)
@@ -67,7 +73,13 @@ class FullReward:
         assert self.tokenizer.pad_token_id is not None
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         by_length = [rows[i] for i in order]
-        found = score_token_ids(self.model, by_length, self.tokenizer.pad_token_id, self.micro_batch_size, self.device)
+        pad_token_id = self.tokenizer.pad_token_id
+
+        def ask() -> list[float]:
+            size = self.memory.rows(self.micro_batch_size)
+            return score_token_ids(self.model, by_length, pad_token_id, size, self.device)
+
+        found = self.memory.ask(ask)
         scores = dict(zip(order, found, strict=True))
         return Judged([scores[i] if fit else None for i, fit in enumerate(fits)])
 

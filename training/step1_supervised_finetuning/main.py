@@ -9,6 +9,7 @@ is the mean over the tokens of the whole optimizer step: neither micro-batches, 
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -118,9 +119,11 @@ def main(argv: list[str] | None = None) -> None:
     # Train
     metrics = MetricsWriter(config.output_dir, "sft", runtime.is_main, config.report_to)
 
+    eval_memory = MicroBatches(runtime, [engine], unit="{} rows in evaluation")
+
     def evaluate_and_log(step: int) -> None:
         batches = (collate(data.eval, micro_batch) for (micro_batch,) in eval_batches)
-        values = evaluate(engine, model, console.track(batches, len(eval_batches), "evaluate"), runtime)
+        values = evaluate(engine, model, console.track(batches, len(eval_batches), "evaluate"), eval_memory)
         metrics.log(step, values)
         console.print(f"step {step}: perplexity {values['eval/perplexity']:.2f} on held-out answers")
 
@@ -206,16 +209,23 @@ def trained_tokens(batch: Batch, prompt_loss_weight: float) -> tuple[torch.Tenso
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, batches, runtime: Runtime) -> dict[str, float]:
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, batches: Iterable[Batch], memory: MicroBatches
+) -> dict[str, float]:
     """Loss and perplexity over the answer tokens of the whole held-out set."""
     engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-    for batch in batches:
-        mask = batch["loss_mask"]
-        logits = token_logits(engine, model, batch["input_ids"], batch["attention_mask"], mask)
-        _, stats = sft_loss(logits, batch["input_ids"][mask][None])
-        total += torch.stack([stats["loss_sum"], stats["num_tokens"]])
-    loss_sum, num_tokens = all_reduce_sum(total, runtime).tolist()
+
+    def measure(batch: Batch) -> torch.Tensor:
+        sums = torch.zeros(2, dtype=torch.float64, device=memory.runtime.device)
+        for part in memory.cut([batch], num_rows, take_rows):
+            mask = part["loss_mask"]
+            logits = token_logits(engine, model, part["input_ids"], part["attention_mask"], mask)
+            _, stats = sft_loss(logits, part["input_ids"][mask][None])
+            sums += torch.stack([stats["loss_sum"], stats["num_tokens"]])
+        return sums
+
+    total = torch.stack([memory.ask(partial(measure, batch)) for batch in batches]).sum(0)
+    loss_sum, num_tokens = all_reduce_sum(total, memory.runtime).tolist()
     loss = loss_sum / num_tokens
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 

@@ -9,6 +9,7 @@ whole optimizer step. The reference is the model before training; it is asked on
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,7 +80,13 @@ from dschat.report.bad_steps import BadSteps
 from dschat.report.metrics import MetricsWriter, prepare_output_dir, write_run_json
 from dschat.report.progress import Console
 from dschat.report.statistics import wilson_interval
-from dschat.rlhf.answer_logprobs import AnswerLogprobs, gather_answers, score_answers, with_mismatched_logps
+from dschat.rlhf.answer_logprobs import (
+    AnswerLogprobs,
+    ask_answers,
+    gather_answers,
+    score_answers,
+    with_mismatched_logps,
+)
 from dschat.rlhf.answer_rows import AnswerRows
 from dschat.rlhf.preference_objective import Objective
 from dschat.rlhf.reference_logprobs import reference_logprobs, weights_hash, with_frozen_model
@@ -160,9 +167,11 @@ def main(argv: list[str] | None = None) -> None:
     # Train
     metrics = MetricsWriter(config.output_dir, "dpo", runtime.is_main, config.report_to)
 
+    eval_memory = MicroBatches(runtime, [engine], unit="{} rows in evaluation")
+
     def evaluate_and_log(step: int) -> None:
         batches = console.track(held_out.in_order(), len(held_out.steps), "evaluate")
-        values = evaluate(engine, model, objective, batches, runtime)
+        values = evaluate(engine, model, objective, batches, eval_memory)
         metrics.log(step, values)
         interval = ""
         if objective.is_paired:
@@ -246,11 +255,14 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, objective: Objective, batches, runtime: Runtime
+    engine: deepspeed.DeepSpeedEngine,
+    model: PreTrainedModel,
+    objective: Objective,
+    batches: Iterable[Batch],
+    memory: MicroBatches,
 ) -> dict[str, float]:
     """Loss, accuracy and implicit rewards over the whole held-out set; of pairs, the accuracy's 95 % interval too."""
-    engine.eval()
-    rows = gather_answers([score_answers(engine, model, batch) for batch in batches], runtime)
+    rows = ask_answers(engine, model, batches, memory)
     values = objective.measure(rows)
     if objective.is_paired:
         interval = wilson_interval(values["accuracy"] * len(rows.logps), len(rows.logps))

@@ -151,9 +151,11 @@ def main(argv: list[str] | None = None) -> None:
     # Train
     metrics = MetricsWriter(config.output_dir, "reward", runtime.is_main, config.report_to)
 
+    eval_memory = MicroBatches(runtime, [engine], unit="{} rows in evaluation")
+
     def evaluate_and_log(step: int) -> np.ndarray:
         batch_size = config.per_device_eval_batch_size
-        scores = score_rankings(engine, data.eval, batch_size, tokenizer.pad_token_id, runtime, console)
+        scores = score_rankings(engine, data.eval, batch_size, tokenizer.pad_token_id, eval_memory, console)
         quality = reward_quality(pairs_of_rankings(facts, scores))
         values = accuracy_metrics(quality)
         metrics.log(step, values)

@@ -58,6 +58,7 @@ from dschat.data.sources import load_evaluation
 from dschat.data.stages import tokenize_rankings
 from dschat.data.tokenizer import load_tokenizer
 from dschat.engine.distributed import Runtime, quiet_libraries
+from dschat.engine.micro_batches import MicroBatches
 from dschat.models.load import check_context, max_positions, resolve_dtype
 from dschat.models.rankings import ranking_facts, score_rankings
 from dschat.report.progress import Console
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Evaluate
     assert tokenizer.pad_token_id is not None
-    scores = score_rankings(scorer, rows, config.batch_size, tokenizer.pad_token_id, runtime, console)
+    scores = score_rankings(scorer, rows, config.batch_size, tokenizer.pad_token_id, MicroBatches(runtime), console)
     place = {"dtype": dtype, "device": runtime.device}
     pairs = pairs_of_rankings(ranking_facts(rows), scores)
     quality = report_quality(scorer, tokenizer, rows, pairs, config.curve_spec(), **place)
