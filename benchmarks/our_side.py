@@ -4,6 +4,7 @@ from typing import Any
 
 from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine
 from dschat.engine.distributed import init_runtime
+from dschat.engine.micro_batches import MicroBatches
 from dschat.models.attention import use_fast_attention
 from dschat.models.load import resolve_dtype
 from dschat.models.scorer import Scorer
@@ -51,7 +52,8 @@ def ppo(args: Any, turns: Turns) -> None:
     rewards = CombinedReward([(reward, 1.0)])
     tokens = args.max_tokens_per_batch
     decoder = SlotDecoder() if args.rollout_engine == SLOTS else None
-    rest = ("kl", 1, tokens, args.old_logprobs, decoder)
+    memory = MicroBatches(runtime, engine.policy_models)  # what does not fit is found out once, not in every step
+    rest = ("kl", 1, tokens, args.old_logprobs, decoder, memory)
     collector = Collector(engine, rewards, tokenizer, sampling, runtime, args.batch, micro_batch, *rest)
     size = args.batch // args.minibatches
     update = UpdateSpec(args.ppo_epochs, size, micro_batch, 0.2, 0.2, vf_coef=0.1, max_tokens=tokens)
@@ -68,7 +70,7 @@ def ppo(args: Any, turns: Turns) -> None:
         experience, _ = collect(collector, rollout, samples, scores)
         experience = add_advantages(experience, SHAPING, 0.05)
         times.append(now())
-        updates = train_rlhf(engine, experience, sampling, update, seed, runtime)
+        updates = train_rlhf(engine, experience, sampling, update, seed, runtime, memory=memory)
         times.append(now())
         experience_metrics(experience, 0.0), mean_of(updates)
         lengths = rollout.response_mask.sum(1).tolist()
