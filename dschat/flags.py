@@ -35,7 +35,7 @@ ROUNDING = {
     *("per_device_generation_batch_size", "per_device_training_batch_size", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing"),
     *("zero_stage", "actor_zero_stage", "critic_zero_stage", "reference_zero_stage", "reward_zero_stage"),
-    *("rollout_engine", "offload", "offload_reference_model", "offload_reward_model"),
+    *("rollout_engine", "offload", "offload_reference_model", "offload_reward_model", "use_liger_kernel"),
 }
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -46,6 +46,9 @@ class RunFlags(metaclass=ABCMeta):
     output_dir: str = flag(help="where the model and the records of the run go")
     seed: int = flag(1234, "of weights, data order and sampling; the same seed gives the same weights on a CPU")
     dtype: str = flag("auto", "of weights and activations; auto: bf16 on a GPU that has it, else fp32", choices=DTYPES)
+    use_liger_kernel: bool = flag(
+        False, "Liger's fused kernels for the norms, rotary embeddings and gated MLPs of all models; a GPU only"
+    )
     max_steps: int = flag(0, "stop after this many optimizer steps (step 3: rollouts); 0: by num_train_epochs")
     num_train_epochs: int = flag(1, "passes over the data of this stage")
     max_grad_norm: float = flag(1.0, "clip the gradient's L2 norm; 0: never")

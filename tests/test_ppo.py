@@ -64,6 +64,7 @@ def build(model_dirs, reward_dir, runtime):
             "save_merged": False,
             "quantization": None,
             "normalize_reward": True,
+            "use_liger_kernel": False,
             "upcast_layernorm": False,
             "ema_decay": None,
             "micro_batch_size": 4,

@@ -62,6 +62,7 @@ OTHERS = {
     "max_grad_norm": (0.5, {}),
     "actor_gradient_checkpointing": (True, {}),
     "critic_gradient_checkpointing": (True, {}),
+    "use_liger_kernel": (True, {}),
     "upcast_layernorm": (True, {}),
     "actor_zero_stage": (2, {}),
     "critic_zero_stage": (2, {}),

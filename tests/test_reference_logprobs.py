@@ -333,7 +333,7 @@ def test_the_reference_is_out_of_memory_when_it_has_answered(zero_stage, model_d
         sizes.append(live_bytes())
 
     before = live_bytes()
-    placed = {"dtype": torch.float32, "zero_stage": zero_stage, "runtime": pairs.runtime}
+    placed = {"dtype": torch.float32, "zero_stage": zero_stage, "runtime": pairs.runtime, "use_liger_kernel": False}
     with_frozen_model(path, path, tokenizer, MAX_LEN, use, **placed)
     assert torch.allclose(found[0], expected, rtol=1e-5)
     assert sizes[0] - before >= size
@@ -354,7 +354,7 @@ def test_a_reference_with_another_tokenizer_or_too_few_positions_is_refused(mode
 
     path, other = model_dirs("llama"), str(tmp_path / "other")
     save_tiny_model("llama", train_tokenizer(["quite other words", "than those"], 300), other)
-    placed = {"dtype": torch.float32, "zero_stage": 0, "runtime": init_runtime(0)}
+    placed = {"dtype": torch.float32, "zero_stage": 0, "runtime": init_runtime(0), "use_liger_kernel": False}
     with pytest.raises(UserError, match="different tokenizers"):
         with_frozen_model(other, path, tokenizer, MAX_LEN, lambda *_: None, **placed)
     with pytest.raises(UserError, match="256 positions"):

@@ -11,6 +11,7 @@ from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.sharded_loading import sharded_loading
 from dschat.errors import UserError
 from dschat.models.adapted import has_adapters, trained_table
+from dschat.models.liger import apply_liger
 from dschat.models.load import load_causal_lm, load_trained_scorer
 from dschat.models.precision import upcast_layernorm
 from dschat.models.scorer import Scorer, check_probes
@@ -73,7 +74,9 @@ def create_actor_and_reference(
             model = load_causal_lm(
                 spec.actor_path, tokenizer, dtype=dtype, dropout=0.0, quantization=spec.quantization
             )
-        if spec.upcast_layernorm:
+        if spec.use_liger_kernel:
+            apply_liger(model)
+        if spec.upcast_layernorm:  # after the kernels, in place of those for norms
             upcast_layernorm(model)
         return model
 
@@ -126,6 +129,8 @@ def create_critic(
         assert spec.critic is not None
         with sharded_loading(spec.critic.zero_stage, dtype):
             critic = load_critic(path, spec.actor_path, tokenizer, dtype=dtype, normalize=normalize)
+        if spec.use_liger_kernel:
+            apply_liger(critic.model)
         if lora is not None:
             from dschat.models.lora import add_lora  # PEFT takes a second to import
 
@@ -182,6 +187,8 @@ def create_source(
         given: dict[str, Any] = {"dtype": dtype, "normalize": spec.normalize_reward, "verify": False}
         with sharded_loading(spec.reward_stage, dtype):
             scorer = load_trained_scorer(reward.target, own, **given)
+        if spec.use_liger_kernel:
+            apply_liger(scorer.model)
         place: dict[str, Any] = {"zero_stage": spec.reward_stage, "offload": spec.offload_reward}
         model = create_frozen_model(scorer, dtype=dtype, device=runtime.device, **place)
         if spec.normalize_reward:

@@ -329,6 +329,7 @@ class PPOFlags(
             save_merged=self.lora_save_merged,
             quantization=self.quantization,
             normalize_reward=self.normalize_reward,
+            use_liger_kernel=self.use_liger_kernel,
             upcast_layernorm=self.upcast_layernorm,
             ema_decay=self.ema_decay if self.enable_ema else None,
             micro_batch_size=self.per_device_training_batch_size,

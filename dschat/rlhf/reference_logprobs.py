@@ -16,6 +16,7 @@ from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.release import release
 from dschat.engine.sharded_loading import sharded_loading, whole_weights
 from dschat.errors import UserError
+from dschat.models.liger import apply_liger
 from dschat.models.load import check_context, load_causal_lm
 from dschat.report.progress import Console
 from dschat.rlhf.answer_logprobs import ask_answers
@@ -91,6 +92,7 @@ def with_frozen_model(
     dtype: torch.dtype,
     zero_stage: int,
     runtime: Runtime,
+    use_liger_kernel: bool,
 ) -> None:
     """Call ``use`` with the model at ``path``: frozen, the Hugging Face model inside, its `weights_hash`. On return it
     is out of memory again.
@@ -102,6 +104,8 @@ def with_frozen_model(
     with sharded_loading(zero_stage, dtype):
         family = load_causal_lm(path, tokenizer, dtype=dtype, dropout=0.0)
     check_context(family.config, max_seq_len, "--max_seq_len")
+    if use_liger_kernel:
+        apply_liger(family)
     weights = weights_hash(family)
     model = create_frozen_model(family, zero_stage=zero_stage, dtype=dtype, device=runtime.device)
     try:

@@ -51,6 +51,7 @@ class ModelsSpec:
     save_merged: bool
     quantization: str | None  # of the actor's frozen weights: 4bit or 8bit
     normalize_reward: bool
+    use_liger_kernel: bool  # in all of them
     upcast_layernorm: bool
     ema_decay: float | None  # None: no moving average
     micro_batch_size: int  # responses that a model scores at once

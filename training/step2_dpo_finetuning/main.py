@@ -73,6 +73,7 @@ from dschat.engine.run_state import RunState, limit_micro_batches
 from dschat.engine.sharded_loading import sharded_loading
 from dschat.models.adapted import trained_table
 from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.liger import apply_liger, require_liger
 from dschat.models.load import POLICY, check_context, load_causal_lm, resolve_dtype, save_model
 from dschat.models.specs import LoraSpec
 from dschat.planning import plan_run
@@ -103,6 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
+    if config.use_liger_kernel:
+        require_liger(runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
     saves_adapter = config.lora_dim > 0 and not config.lora_save_merged
@@ -148,11 +151,14 @@ def main(argv: list[str] | None = None) -> None:
     if config.reference_model_name_or_path:
         paths = (config.reference_model_name_or_path, config.model_name_or_path)
         placed = {"dtype": dtype, "zero_stage": config.zero_stage, "runtime": runtime}
+        placed |= {"use_liger_kernel": config.use_liger_kernel}
         with_frozen_model(*paths, tokenizer, config.max_seq_len, ask_reference, **placed)
     given = {"dtype": dtype, "dropout": config.dropout, "quantization": config.quantization}
     with sharded_loading(config.zero_stage, dtype):
         model = load_causal_lm(config.model_name_or_path, tokenizer, **given)
     check_context(model.config, config.max_seq_len, "--max_seq_len")
+    if config.use_liger_kernel:
+        apply_liger(model)
     is_own_reference = objective.has_reference and not config.reference_model_name_or_path
     weights = weights_hash(model) if is_own_reference else ""  # now: without adapters
     if config.lora_dim:

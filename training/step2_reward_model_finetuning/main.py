@@ -67,6 +67,7 @@ from dschat.engine.sharded_loading import sharded_loading
 from dschat.functional import listwise_ranking_loss
 from dschat.models.adapted import trained_table
 from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.liger import apply_liger, require_liger
 from dschat.models.load import REWARD, check_context, load_scorer, resolve_dtype, save_model
 from dschat.models.rankings import ranking_facts, ranking_scores, score_rankings
 from dschat.models.scorer import Scorer, make_probes, save_score_stats
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
+    if config.use_liger_kernel:
+        require_liger(runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
     saves_adapter = config.lora_dim > 0 and not config.lora_save_merged
@@ -140,6 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     with sharded_loading(config.zero_stage, dtype):
         classifier = load_scorer(config.model_name_or_path, tokenizer, **given)
     check_context(classifier.config, config.max_seq_len, "--max_seq_len")
+    if config.use_liger_kernel:
+        apply_liger(classifier)
     spec = config.train_spec(len(train_batches))
     if config.lora_dim:
         from dschat.models.lora import add_lora  # PEFT takes a second to import

@@ -37,6 +37,7 @@ from dschat.engine.distributed import init_runtime, main_process_first
 from dschat.engine.micro_batches import MicroBatches
 from dschat.engine.run_state import RunState, limit_micro_batches
 from dschat.models.adapter_files import refuse_other_kind
+from dschat.models.liger import require_liger
 from dschat.models.load import CRITIC, POLICY, check_context, resolve_dtype, save_model
 from dschat.models.scorer import save_score_stats
 from dschat.planning import plan_run
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         return plan_run(config.plan_request(), main, argv)
     runtime = init_runtime(config.seed, config.stall_timeout)
     dtype = resolve_dtype(config.dtype, runtime.device)
+    if config.use_liger_kernel:
+        require_liger(runtime.device)
     console = Console(runtime.is_main)
     prepare_output_dir(config.output_dir)
     for folder, dim in (("actor", config.actor_lora_dim), ("critic", config.critic_lora_dim)):
