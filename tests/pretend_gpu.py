@@ -1,0 +1,277 @@
+"""A GPU that is not there: "cuda:0", backed by the CPU's memory, for finding what would stop on a real one.
+
+Numbers are those of the CPU, bit for bit. Which tensors are on the GPU is remembered by their storage, which views
+share. `_Calls` answers what Python asks of a tensor and moves it; `_Kernels` sees every operation, of the backward
+pass too, and refuses those that no GPU would do: on tensors of both devices, or with a generator of the other one.
+New threads get both, since torch keeps them by thread. DeepSpeed's accelerator and the NCCL group are stood in for.
+
+What it does not show: kernels, streams and memory of a GPU, its own random numbers (a GPU's generator is refused, the
+default one is the CPU's), and on which device a file's tensors are loaded without `map_location`: here the CPU.
+`torch.jit.trace` is refused: the project records steps for a CPU only.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import _allowed_determinism_checks_to_fns
+from torch.utils.weak import WeakIdKeyDictionary
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+MEMORY = 2**36
+aten = torch.ops.aten
+
+
+class Places:
+    """The storages that count as the GPU's."""
+
+    def __init__(self) -> None:
+        self._storages = WeakIdKeyDictionary()
+
+    def on_gpu(self, tensor: Tensor) -> bool:
+        with torch._C.DisableTorchFunction():
+            return tensor.device.type == "cpu" and tensor.untyped_storage() in self._storages
+
+    def put(self, tensor: Tensor, device: torch.device) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            if tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if device.type == "cuda":
+                    self._storages[storage] = True
+                else:
+                    self._storages.pop(storage, None)
+        return tensor
+
+
+class _Kernels(TorchDispatchMode):
+    """Every operation: its tensors must be of one device, and what it makes is of that device."""
+
+    def __init__(self, places: Places):
+        super().__init__()
+        self.places = places
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.device.type == "cpu"]
+            on_gpu = [x for x in given if self.places.on_gpu(x)]
+            if func.namespace == "c10d" and func.overloadpacket is not torch.ops.c10d.barrier:
+                if len(on_gpu) < len(given):
+                    raise RuntimeError(f"No backend type associated with device type cpu: {func} over NCCL")
+            elif on_gpu:
+                self._check(func, args, kwargs, len(on_gpu) < len(given))
+            result = func(*args, **kwargs)
+            if on_gpu and func.overloadpacket is not aten.copy_:
+                for x in tree_leaves(result):
+                    if isinstance(x, Tensor):
+                        self.places.put(x, GPU)
+            return result
+
+    def _check(self, func: Any, args: tuple, kwargs: dict, mixed: bool) -> None:
+        if kwargs.get("generator") is not None:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        if not mixed or func.overloadpacket in (aten.copy_, aten._to_copy):
+            return
+        here = self.places.on_gpu
+        indices = func.overloadpacket in (aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_)
+        for number, argument in enumerate(func._schema.arguments):
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            for x in tree_leaves(value):
+                if not isinstance(x, Tensor) or x.device.type != "cpu" or here(x):
+                    continue
+                is_index = indices and argument.name == "indices" and here(args[0])
+                is_number = x.dim() == 0 and not written and func.overloadpacket not in _TAKE_NO_NUMBER
+                if not is_index and not is_number:
+                    raise RuntimeError(
+                        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
+                        f"cpu! ({func}, its {argument.name}, of shape {tuple(x.shape)}, is on the CPU)"
+                    )
+
+
+# Elsewhere a number of the CPU, a tensor without dimensions, may stand beside the tensors of a GPU.
+_TAKE_NO_NUMBER = (aten.cat, aten.stack, aten.equal, aten.embedding, aten.gather, aten.index_select, aten.scatter)
+
+
+class _Calls(TorchFunctionMode):
+    """Every call of torch from Python: where a tensor is, where it is to go."""
+
+    def __init__(self, places: Places):
+        super().__init__()
+        self.places = places
+        self.special: dict[Any, Callable[..., Any]] = {
+            Tensor.device.__get__: self.device,  # type: ignore[attr-defined]
+            Tensor.is_cuda.__get__: lambda x: places.on_gpu(x),  # type: ignore[attr-defined]
+            Tensor.is_cpu.__get__: lambda x: self.device(x) == CPU,  # type: ignore[attr-defined]
+            Tensor.get_device: lambda x: 0 if places.on_gpu(x) else x.get_device(),
+            Tensor.grad.__set__: self.set_grad,  # type: ignore[attr-defined]
+            Tensor.numpy: self.numpy,
+            Tensor.__array__: self.array,
+            Tensor.to: self.to,
+            Tensor.cpu: lambda x, *_, **__: self.move(x, CPU),
+            Tensor.cuda: lambda x, *_, **__: self.move(x, GPU),
+            Tensor.pin_memory: self.pin_memory,
+            Tensor.__deepcopy__: lambda x, memo: places.put(x.__deepcopy__(memo), self.device(x)),
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.special:
+            return self.special[func](*args, **kwargs)
+        if kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        device = _device(kwargs["device"])
+        if device.type == "cuda":
+            if kwargs.get("generator") is not None:
+                raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+            kwargs = kwargs | {"device": CPU}
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        if func in (torch.as_tensor, torch.asarray) and source is not None and self.device(source) != device:
+            source = source.clone()  # a copy on the other device, not the same memory
+            return self.places.put(func(source, *args[1:], **kwargs), device)
+        result = func(*args, **kwargs)
+        return self.places.put(result, device) if isinstance(result, Tensor) else result
+
+    def device(self, x: Tensor) -> torch.device:
+        return GPU if self.places.on_gpu(x) else x.device
+
+    def move(self, x: Tensor, device: torch.device, *, copy: bool = False, **options: Any) -> Tensor:
+        if self.device(x) != device and x.device.type == "cpu":
+            copy = True
+        if device.type == "cuda" and x.device.type != "cpu":
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        return self.places.put(x.to(CPU if device.type == "cuda" else device, copy=copy, **options), device)
+
+    def to(self, x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+        kwargs.pop("non_blocking", None)
+        other = args[0] if args else kwargs.pop("other", None)
+        if isinstance(other, Tensor):
+            return self.move(x, self.device(other), copy=copy, dtype=other.dtype)
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        options = {"dtype": dtype, "memory_format": layout}
+        options = {name: value for name, value in options.items() if value is not None}
+        return self.move(x, self.device(x) if device is None else _device(device), copy=copy, **options)
+
+    def numpy(self, x: Tensor, **options: Any) -> Any:
+        if self.places.on_gpu(x):
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory"
+            )
+        return x.numpy(**options)
+
+    def array(self, x: Tensor, dtype: Any = None) -> Any:
+        found = self.numpy(x)
+        return found if dtype is None else found.astype(dtype)
+
+    def pin_memory(self, x: Tensor, *_: Any) -> Tensor:
+        if self.places.on_gpu(x):
+            raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+        return x
+
+    def set_grad(self, x: Tensor, grad: Tensor | None) -> None:
+        if grad is not None and self.device(grad) != self.device(x):
+            raise RuntimeError("attempting to assign a gradient with device type 'cpu' to a tensor on 'cuda'")
+        x.grad = grad
+
+
+def _device(given: Any) -> torch.device:
+    device = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
+    return GPU if device.type == "cuda" else device
+
+
+class _Accelerator(CPU_Accelerator):
+    """DeepSpeed's, of a CPU, by the name of a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._name, self._communication_backend_name = "cuda", "nccl"
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return "cuda" if device_index is None else f"cuda:{device_index}"
+
+    def current_device(self) -> int:
+        return 0
+
+    def current_device_name(self) -> str:
+        return "cuda:0"
+
+    def device_count(self) -> int:
+        return 1
+
+    def on_accelerator(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda
+
+
+def _in_this_thread(places: Places) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(_Kernels(places))
+    stack.enter_context(_Calls(places))
+    return stack
+
+
+@contextmanager
+def pretend_gpu() -> Iterator[Places]:
+    """Inside, torch has one GPU."""
+    places, join, backward = Places(), dist.init_process_group, torch.autograd._engine_run_backward
+    start, init = threading.Thread._bootstrap_inner, {"nccl": "gloo"}  # type: ignore[attr-defined]
+
+    def run_backward(*args: Any, **options: Any) -> Any:
+        with _Calls(
+            places
+        ):  # torch leaves a mode while its function runs, here one in which hooks and checkpoints run
+            return backward(*args, **options)
+
+    def bootstrap(thread: threading.Thread) -> None:
+        with _in_this_thread(places):
+            start(thread)
+
+    def metadata(x: Tensor) -> Any:  # of a checkpoint's tensors, taken inside of calls and outside of them
+        with torch._C.DisableTorchFunction():
+            return x.shape, x.dtype, x.device
+
+    def trace(*_: Any, **__: Any) -> None:
+        raise RuntimeError("recording is for the CPU, and what is recorded cannot run under torch's modes")
+
+    fakes: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "is_bf16_supported": lambda *_, **__: True,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda *_: (MEMORY, MEMORY),
+        "max_memory_reserved": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+    }
+    real_accelerator.get_accelerator()  # DeepSpeed chooses its own now, not inside
+    with ExitStack() as stack:
+        for name, fake in fakes.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, fake))
+        stack.enter_context(mock.patch.object(real_accelerator, "ds_accelerator", _Accelerator()))
+        stack.enter_context(mock.patch.object(torch.jit, "trace", trace))
+        stack.enter_context(mock.patch.dict(_allowed_determinism_checks_to_fns, {"default": metadata}))
+        group = mock.patch.object(dist, "init_process_group", lambda name, **more: join(init.get(name, name), **more))
+        stack.enter_context(group)
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
+        stack.enter_context(mock.patch.object(threading.Thread, "_bootstrap_inner", bootstrap))
+        assert deepspeed.get_accelerator().current_device_name() == "cuda:0"
+        stack.enter_context(_in_this_thread(places))
+        yield places
