@@ -13,12 +13,15 @@ default one is the CPU's), and on which device a file's tensors are loaded witho
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import torchgen
 from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
@@ -33,11 +36,23 @@ MEMORY = 2**36
 aten = torch.ops.aten
 
 
+@cache
+def _element_wise() -> set[str]:
+    """The operations beside whose tensors a number of the CPU, a tensor without dimensions, may stand on a GPU: those
+    whose kernels torch generates without a check of devices."""
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text(encoding="utf-8")
+    operations = (part.partition("(") for part in text.split("\n- func: ")[1:])
+    names = {name for name, _, rest in operations if "device_check: NoCheck" in rest}
+    return {f"aten.{name}" if "." in name else f"aten.{name}.default" for name in names}
+
+
 class Places:
     """The storages that count as the GPU's."""
 
     def __init__(self) -> None:
         self._storages = WeakIdKeyDictionary()
+        self.num_operations = 0  # that were the GPU's
+        self.calls = threading.local()  # `given`: the arguments of the call that this thread is in
 
     def on_gpu(self, tensor: Tensor) -> bool:
         with torch._C.DisableTorchFunction():
@@ -70,13 +85,19 @@ class _Kernels(TorchDispatchMode):
                 if len(on_gpu) < len(given):
                     raise RuntimeError(f"No backend type associated with device type cpu: {func} over NCCL")
             elif on_gpu:
+                self.places.num_operations += 1
                 self._check(func, args, kwargs, len(on_gpu) < len(given))
             result = func(*args, **kwargs)
-            if on_gpu and func.overloadpacket is not aten.copy_:
+            if (on_gpu and func.overloadpacket is not aten.copy_) or (not given and self._is_made_for_gpu()):
                 for x in tree_leaves(result):
                     if isinstance(x, Tensor):
                         self.places.put(x, GPU)
             return result
+
+    def _is_made_for_gpu(self) -> bool:
+        """Whether what is made from nothing is made inside of a call, or a backward pass, on tensors of the GPU."""
+        given = tree_leaves(getattr(self.places.calls, "given", None))
+        return any(isinstance(x, Tensor) and self.places.on_gpu(x) for x in given)
 
     def _check(self, func: Any, args: tuple, kwargs: dict, mixed: bool) -> None:
         if kwargs.get("generator") is not None:
@@ -92,16 +113,12 @@ class _Kernels(TorchDispatchMode):
                 if not isinstance(x, Tensor) or x.device.type != "cpu" or here(x):
                     continue
                 is_index = indices and argument.name == "indices" and here(args[0])
-                is_number = x.dim() == 0 and not written and func.overloadpacket not in _TAKE_NO_NUMBER
+                is_number = x.dim() == 0 and not written and str(func) in _element_wise()
                 if not is_index and not is_number:
                     raise RuntimeError(
                         "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
                         f"cpu! ({func}, its {argument.name}, of shape {tuple(x.shape)}, is on the CPU)"
                     )
-
-
-# Elsewhere a number of the CPU, a tensor without dimensions, may stand beside the tensors of a GPU.
-_TAKE_NO_NUMBER = (aten.cat, aten.stack, aten.equal, aten.embedding, aten.gather, aten.index_select, aten.scatter)
 
 
 class _Calls(TorchFunctionMode):
@@ -118,6 +135,7 @@ class _Calls(TorchFunctionMode):
             Tensor.grad.__set__: self.set_grad,  # type: ignore[attr-defined]
             Tensor.numpy: self.numpy,
             Tensor.__array__: self.array,
+            Tensor.new_tensor: self.new_tensor,
             Tensor.to: self.to,
             Tensor.cpu: lambda x, *_, **__: self.move(x, CPU),
             Tensor.cuda: lambda x, *_, **__: self.move(x, GPU),
@@ -126,7 +144,14 @@ class _Calls(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, calls = kwargs or {}, self.places.calls
+        before, calls.given = getattr(calls, "given", None), (args, kwargs)
+        try:
+            return self._call(func, args, kwargs)
+        finally:
+            calls.given = before
+
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func in self.special:
             return self.special[func](*args, **kwargs)
         if kwargs.get("device") is None:
@@ -162,6 +187,10 @@ class _Calls(TorchFunctionMode):
         options = {"dtype": dtype, "memory_format": layout}
         options = {name: value for name, value in options.items() if value is not None}
         return self.move(x, self.device(x) if device is None else _device(device), copy=copy, **options)
+
+    def new_tensor(self, x: Tensor, data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        target = self.device(x) if device is None else _device(device)
+        return self.places.put(x.new_tensor(data, device=CPU if target.type == "cuda" else target, **options), target)
 
     def numpy(self, x: Tensor, **options: Any) -> Any:
         if self.places.on_gpu(x):

@@ -34,6 +34,7 @@ REFUSED = {
     "product": lambda: there(2, 2) @ torch.ones(2, 2),
     "cat": lambda: torch.cat([there(2), torch.ones(2)]),
     "stack of numbers": lambda: torch.stack([there(1).sum(), torch.ones(())]),
+    "number in a product": lambda: torch.addmm(torch.ones(()), there(2, 2), there(2, 2)),
     "where": lambda: torch.where(torch.ones(2).bool(), there(2), 0.0),
     "masked_fill": lambda: there(2).masked_fill(torch.ones(2).bool(), 0.0),
     "gather": lambda: there(1, 2).gather(1, torch.zeros(1, 1).long()),
@@ -59,7 +60,9 @@ ALLOWED = {
     "put with indices of the CPU": lambda: there(3).index_put_((torch.tensor([0]),), torch.tensor(2.0)),
     "slice assigned": lambda: there(3).zero_().copy_(torch.ones(3)),
     "python numbers": lambda: (there(2) + 1).clamp(min=0).masked_fill(there(2).bool(), 2.0),
-    "like": lambda: torch.zeros_like(there(2)) + there(2).new_ones(2) + there(1).expand(2),
+    "like": lambda: (
+        torch.zeros_like(there(2)) + there(2).new_ones(2) + there(2).new_tensor([1.0, 2]) + there(1).expand(2)
+    ),
     "factory": lambda: torch.arange(3, device=GPU) * there(3),
     "asked for by number": lambda: torch.zeros(2, device=0) + there(2),
     "moved": lambda: torch.ones(2).to("cuda") + torch.ones(2).cuda() + torch.ones(2).to(there(1)),

@@ -1,0 +1,181 @@
+"""The programs on the GPU that is not there (`tests/pretend_gpu.py`): no device is mixed, and the numbers are those of
+the CPU."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from dschat.errors import Stopped
+from tests.pretend_gpu import pretend_gpu
+from tests.programs import run, stop_at
+
+import pytest
+
+RULE = """
+def lengths(responses):
+    return [{"score": len(text) / 10, "masked": [(0, 1)] if text else []} for text in responses]
+
+def vowels(responses):
+    return [float(sum(c in "aeiou" for c in text)) for text in responses]
+"""
+EXACT, ROUNDED = 1e-6, 0.03  # in bf16 a CPU has its own attention, which rounds elsewhere
+
+
+@pytest.fixture(scope="module")
+def start(model_dirs, data_file, cache_dir, tmp_path_factory) -> Callable[..., str]:
+    """Run a stage on the tiny models, in float32 unless told otherwise."""
+    llama = model_dirs("llama")
+
+    def call(stage: str, output: Path, **flags) -> str:
+        if stage != "ppo":
+            flags = {"model_name_or_path": llama} | flags
+        return run(stage, data_file, cache_dir, output, **flags)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def models(start, model_dirs, tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    (root / "rule.py").write_text(RULE)
+    adapter = start("reward", root / "adapter", lora_dim=4)
+    rules = {name: f"function:{root / 'rule.py'}:{name}" for name in ("lengths", "vowels")}
+    return {"actor": model_dirs("llama"), "reward": start("reward", root / "reward"), "adapter": adapter} | rules
+
+
+@pytest.fixture
+def alike(start, models, tmp_path, capsys) -> Callable[..., str]:
+    """Run a stage on the CPU and on the GPU; the directory of the latter."""
+
+    def call(stage: str, limit: float = EXACT, **flags) -> str:
+        if stage == "ppo":
+            flags = {"actor_model_name_or_path": models["actor"]} | flags
+        expected = start(stage, tmp_path / "cpu", **flags)
+        with pretend_gpu() as gpu:
+            found = start(stage, tmp_path / "gpu", **flags)
+        assert gpu.num_operations > 1000
+        assert "in place of slots" not in capsys.readouterr().out  # which says what went wrong, and goes on
+        require_equal(expected, found, limit)
+        return found
+
+    return call
+
+
+def require_equal(expected: str, found: str, limit: float = EXACT) -> None:
+    ours, theirs = ([*metrics(directory)] for directory in (found, expected))
+    assert len(ours) == len(theirs) > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in other.items():
+            assert math.isclose(mine[name], value, rel_tol=limit, abs_tol=limit), (name, mine[name], value)
+
+
+def metrics(directory: str):
+    for line in (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        numbers = {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
+        yield {name: value for name, value in numbers.items() if not name.startswith(("time", "perf"))}
+
+
+# Steps 1 and 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        ("sft", {"zero_stage": 2, "gradient_checkpointing": True, "prompt_loss_weight": 0.1}),
+        ("sft", {"zero_stage": 3, "lora_dim": 4}),
+        ("reward", {"judge": "vowels", "judge_samples": 4, "judge_max_new_tokens": 8}),
+        ("reward", {"lora_dim": 4, "gradient_checkpointing": True, "center_rewards_coefficient": 0.1}),
+        ("dpo", {"label_smoothing": 0.1, "sft_coef": 0.1}),
+        ("dpo", {"lora_dim": 4, "loss_type": "kto"}),
+    ],
+)
+def test_a_supervised_stage(stage, flags, alike, models):
+    alike(stage, **{name: models.get(value, value) for name, value in flags.items()})
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_in_bf16_which_a_gpu_has_by_default(stage, start, tmp_path):
+    expected = start(stage, tmp_path / "cpu", dtype="bf16")
+    with pretend_gpu():
+        found = start(stage, tmp_path / "gpu", dtype="auto")
+    assert json.loads((tmp_path / "gpu" / "config.json").read_text())["dtype"] == "bfloat16"
+    losses = [[line["loss"] for line in metrics(directory) if "loss" in line] for directory in (found, expected)]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=ROUNDED)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_run_goes_on_from_its_checkpoint(stage, start, tmp_path, monkeypatch):
+    whole = start(stage, tmp_path / "cpu", max_steps=3)
+    require_equal(whole, stopped_and_gone_on(start, monkeypatch, 2, stage, tmp_path / "gpu", max_steps=3))
+
+
+def stopped_and_gone_on(start, monkeypatch, call: int, stage: str, output: Path, **flags) -> str:
+    with pretend_gpu():
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_at(patch, call)
+            start(stage, output, **flags)
+        return start(stage, output, **flags)
+
+
+# Step 3
+
+
+def test_ppo_with_every_companion(alike, models, data_file):
+    alike(
+        "ppo",
+        critic_model_name_or_path=models["reward"],
+        reward=[f"2*full:{models['reward']}", f"-1*{models['lengths']}"],
+        judge=models["vowels"],
+        ptx_data_path=[data_file],
+        preference_data_path=[data_file],
+        unsup_coef=0.5,
+        num_samples_per_prompt=2,
+        per_device_generation_batch_size=3,
+        generation_batches=2,
+        max_tokens_per_batch=200,
+        kl_penalty="full",
+        kl_in="loss",
+        kl_target=0.001,
+        kl_horizon=50,
+        entropy_coef=0.01,
+        max_ratio=50.0,
+        missing_eos="bootstrap",
+        whiten_rewards=True,
+        enable_ema=True,
+        best_metric="judge",
+        best_of_n=2,
+        explain=1,
+        preflight="warn",
+        preflight_prompts=3,
+        preflight_samples=2,
+        log_interval=1,
+        eval_interval=1,
+        max_steps=1,
+        show_batch=True,
+    )
+
+
+GROUP = {"num_samples_per_prompt": 2, "per_device_generation_batch_size": 3, "max_steps": 1}
+ADAPTERS = {"actor_lora_dim": 4, "critic_lora_dim": 4, "share_trunk": True, "max_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        GROUP | {"reward": ["lengths"], "advantage_estimator": "grpo", "old_logprobs": "sampler"},
+        GROUP | {"reward": ["full:reward"], "advantage_estimator": "rloo", "rollout_engine": "hf", "kl_penalty": "k3"},
+        ADAPTERS | {"critic_model_name_or_path": "adapter", "actor_gradient_checkpointing": True},
+    ],
+    ids=["grpo", "rloo", "adapters"],
+)
+def test_ppo(flags, alike, models):
+    def named(value):
+        kind, _, name = value.rpartition(":")
+        return f"{kind}:{models[name]}" if kind else models.get(value, value)
+
+    alike("ppo", **{
+        name: [*map(named, value)] if isinstance(value, list) else named(value) if isinstance(value, str) else value
+        for name, value in flags.items()
+    })  # fmt: skip
