@@ -27,7 +27,6 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _allowed_determinism_checks_to_fns
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -44,6 +43,15 @@ def _element_wise() -> set[str]:
     operations = (part.partition("(") for part in text.split("\n- func: ")[1:])
     names = {name for name, _, rest in operations if "device_check: NoCheck" in rest}
     return {f"aten.{name}" if "." in name else f"aten.{name}.default" for name in names}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All in arguments or in a result."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 class Places:
@@ -79,7 +87,7 @@ class _Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.device.type == "cpu"]
+            given = [x for x in _tensors((args, kwargs)) if x.device.type == "cpu"]
             on_gpu = [x for x in given if self.places.on_gpu(x)]
             if func.namespace == "c10d" and func.overloadpacket is not torch.ops.c10d.barrier:
                 if len(on_gpu) < len(given):
@@ -89,15 +97,13 @@ class _Kernels(TorchDispatchMode):
                 self._check(func, args, kwargs, len(on_gpu) < len(given))
             result = func(*args, **kwargs)
             if (on_gpu and func.overloadpacket is not aten.copy_) or (not given and self._is_made_for_gpu()):
-                for x in tree_leaves(result):
-                    if isinstance(x, Tensor):
-                        self.places.put(x, GPU)
+                for x in _tensors(result):
+                    self.places.put(x, GPU)
             return result
 
     def _is_made_for_gpu(self) -> bool:
         """Whether what is made from nothing is made inside of a call, or a backward pass, on tensors of the GPU."""
-        given = tree_leaves(getattr(self.places.calls, "given", None))
-        return any(isinstance(x, Tensor) and self.places.on_gpu(x) for x in given)
+        return any(map(self.places.on_gpu, _tensors(getattr(self.places.calls, "given", None))))
 
     def _check(self, func: Any, args: tuple, kwargs: dict, mixed: bool) -> None:
         if kwargs.get("generator") is not None:
@@ -109,8 +115,8 @@ class _Kernels(TorchDispatchMode):
         for number, argument in enumerate(func._schema.arguments):
             value = args[number] if number < len(args) else kwargs.get(argument.name)
             written = argument.alias_info is not None and argument.alias_info.is_write
-            for x in tree_leaves(value):
-                if not isinstance(x, Tensor) or x.device.type != "cpu" or here(x):
+            for x in _tensors(value):
+                if x.device.type != "cpu" or here(x):
                     continue
                 is_index = indices and argument.name == "indices" and here(args[0])
                 is_number = x.dim() == 0 and not written and str(func) in _element_wise()

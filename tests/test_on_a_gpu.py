@@ -4,13 +4,24 @@ the CPU."""
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import Stopped
+from dschat.models.load import load_trained_scorer
+from dschat.report.reward_quality import read_quality
+from dschat.rlhf.specs import Sampling
+from inference.chatbot import load_chatbot, resolve_device
+from inference.scores import load_answer_scorer
+from inference.token_numbers import token_numbers
+from tests import programs
+from tests.dialogues import user
 from tests.pretend_gpu import pretend_gpu
 from tests.programs import run, stop_at
 
 import pytest
+import torch
 
 RULE = """
 def lengths(responses):
@@ -50,7 +61,11 @@ def alike(start, models, tmp_path, capsys) -> Callable[..., str]:
 
     def call(stage: str, limit: float = EXACT, **flags) -> str:
         if stage == "ppo":
-            flags = {"actor_model_name_or_path": models["actor"]} | flags
+            flags = {
+                "actor_model_name_or_path": models["actor"],
+                "max_answer_seq_len": 6,
+                "max_eval_samples": 4,
+            } | flags
         expected = start(stage, tmp_path / "cpu", **flags)
         with pretend_gpu() as gpu:
             found = start(stage, tmp_path / "gpu", **flags)
@@ -179,3 +194,76 @@ def test_ppo(flags, alike, models):
         name: [*map(named, value)] if isinstance(value, list) else named(value) if isinstance(value, str) else value
         for name, value in flags.items()
     })  # fmt: skip
+
+
+# Around training
+
+
+ASKED = {"max_eval_samples": 8, "batch_size": 4, "eval_fraction": 0.2, "dtype": "fp32", "seed": 7}
+
+
+def on_both(name: str, output: Path, **flags) -> list[Path]:
+    """The folders that a program of the flags ``--output_dir`` writes on the CPU and on the GPU."""
+    folders = [output / "cpu", output / "gpu"]
+    for folder in folders:
+        words = [f"--{flag} {value}" for flag, value in (flags | {"output_dir": folder}).items()]
+        with pretend_gpu() if folder.name == "gpu" else nullcontext():
+            programs.load(name).main(" ".join(words).split())
+    return folders
+
+
+def test_rw_eval(models, data_file, cache_dir, tmp_path):
+    flags = ASKED | {"data_path": data_file, "data_output_path": cache_dir, "model_name_or_path": models["reward"]}
+    flags |= {"judge": models["vowels"], "policy_model_name_or_path": models["actor"], "judge_max_new_tokens": 6}
+    found = on_both("step2_reward_model_finetuning/rw_eval.py", tmp_path, judge_samples=4, **flags)
+    own, other = (read_quality(folder) for folder in found)
+    assert own["best_of_n"] and {**own, "model": 0} == {**other, "model": 0}
+
+
+def test_prompt_eval(models, data_file, cache_dir, tmp_path):
+    flags = {"data_path": data_file, "data_output_path": cache_dir, "model_name_or_path": models["actor"]}
+    flags |= {"decoding": "greedy sample best_of_n beam", "reward": f"full:{models['reward']}", "best_of_n": 2}
+    flags |= {"num_prompts": 3, "max_new_tokens": 5, "judge": models["vowels"], "batch_size": 4, "dtype": "fp32"}
+    own, other = on_both("step1_supervised_finetuning/prompt_eval.py", tmp_path, **flags)
+    texts = [(folder / "answers.jsonl").read_text(encoding="utf-8") for folder in (own, other)]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 12
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_chat(family, model_dirs, models):
+    """BLOOM's answers are decoded in a loop of their own."""
+    path = model_dirs(family)
+
+    def talk(device: str) -> list:
+        given = {"dtype": "fp32", "device": device, "seed": 3, "num_slots": 2}
+        bots = {name: load_chatbot(path, Sampling(8), **given) for name in ("bot", "other")}
+        bot, scorer = bots["bot"], load_answer_scorer(models["reward"], "fp32", resolve_device(device))
+        assert bot.model.device.type == device and bool(bot.note) == (family == "bloom")
+        first = [list(reply) for reply in bot.replies(user("tell me a short story please"), 3)]
+        answer = "".join(first[0])
+        again = list(bot.reply(user("tell me a short story please", answer, "what is the colour of the sky")))
+        numbers = token_numbers(bots, "bot", ["other"], scorer, user("once upon a time"), "there was a king")
+        assert numbers.kl == pytest.approx([0.0] * len(numbers.kl), abs=1e-6) and len(numbers.values) > 3
+        for each in bots.values():
+            each.decoder.close()
+        return [first, again, numbers.logprobs, numbers.values]
+
+    expected = talk("cpu")
+    with pretend_gpu():
+        assert str(talk("cuda")) == str(expected)
+
+
+def test_the_reward_server(models):
+    serve = programs.load("step2_reward_model_finetuning/serve.py")
+    body = json.dumps({"messages": [[*user("what is this"), {"role": "assistant", "content": "a cat"}]]}).encode()
+
+    def scores(device: torch.device) -> list[float]:
+        tokenizer = load_tokenizer(models["reward"])
+        given = {"dtype": torch.float32, "normalize": True, "device": device}
+        return serve.Judge(load_trained_scorer(models["reward"], tokenizer, **given).eval(), tokenizer, device).scores(
+            body
+        )
+
+    expected = scores(torch.device("cpu"))
+    with pretend_gpu():
+        assert scores(torch.device("cuda")) == expected
