@@ -126,6 +126,15 @@ def test_a_run_goes_on_from_its_checkpoint(stage, start, tmp_path, monkeypatch):
     require_equal(whole, stopped_and_gone_on(start, monkeypatch, 2, stage, tmp_path / "gpu", max_steps=3))
 
 
+def test_a_run_goes_on_at_another_zero_stage(start, tmp_path, monkeypatch):
+    whole = start("sft", tmp_path / "cpu", max_steps=3, zero_stage=2)
+    with pretend_gpu():
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_at(patch, 2)
+            start("sft", tmp_path / "gpu", max_steps=3)
+        require_equal(whole, start("sft", tmp_path / "gpu", max_steps=3, zero_stage=2), 1e-4)
+
+
 def stopped_and_gone_on(start, monkeypatch, call: int, stage: str, output: Path, **flags) -> str:
     with pretend_gpu():
         with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -194,6 +203,13 @@ def test_ppo(flags, alike, models):
         name: [*map(named, value)] if isinstance(value, list) else named(value) if isinstance(value, str) else value
         for name, value in flags.items()
     })  # fmt: skip
+
+
+def test_ppo_goes_on_inside_of_an_update(start, models, tmp_path, monkeypatch):
+    flags = {"actor_model_name_or_path": models["actor"], "critic_model_name_or_path": models["reward"]}
+    flags |= {"max_answer_seq_len": 6, "max_eval_samples": 4, "max_steps": 1, "enable_ema": True}
+    whole = start("ppo", tmp_path / "cpu", **flags)
+    require_equal(whole, stopped_and_gone_on(start, monkeypatch, 2, "ppo", tmp_path / "gpu", **flags))
 
 
 # Around training
