@@ -13,7 +13,7 @@ default one is the CPU's), and on which device a file's tensors are loaded witho
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -244,6 +244,10 @@ class _Accelerator(CPU_Accelerator):
     def device_count(self) -> int:
         return 1
 
+    @property
+    def FloatTensor(self) -> Callable[..., Tensor]:  # noqa: N802
+        return partial(torch.tensor, dtype=torch.float32, device="cuda")
+
     def on_accelerator(self, tensor: Tensor) -> bool:
         return tensor.is_cuda
 
@@ -305,6 +309,8 @@ def pretend_gpu() -> Iterator[Places]:
         stack.enter_context(mock.patch.dict(_allowed_determinism_checks_to_fns, {"default": metadata}))
         group = mock.patch.object(dist, "init_process_group", lambda name, **more: join(init.get(name, name), **more))
         stack.enter_context(group)
+        place = mock.patch.object(dist.distributed_c10d, "_get_object_coll_device", lambda *_: "cuda")
+        stack.enter_context(place)  # where NCCL sends objects from
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
         stack.enter_context(mock.patch.object(threading.Thread, "_bootstrap_inner", bootstrap))
         assert deepspeed.get_accelerator().current_device_name() == "cuda:0"

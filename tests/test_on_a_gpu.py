@@ -19,6 +19,7 @@ from tests import programs
 from tests.dialogues import user
 from tests.pretend_gpu import pretend_gpu
 from tests.programs import run, stop_at
+from tests.ranks import launch
 
 import pytest
 import torch
@@ -120,27 +121,29 @@ def test_in_bf16_which_a_gpu_has_by_default(stage, start, tmp_path):
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=ROUNDED)
 
 
+LONGER = {"max_steps": 3, "num_train_epochs": 3, "log_interval": 1}
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_a_run_goes_on_from_its_checkpoint(stage, start, tmp_path, monkeypatch):
-    whole = start(stage, tmp_path / "cpu", max_steps=3)
-    require_equal(whole, stopped_and_gone_on(start, monkeypatch, 2, stage, tmp_path / "gpu", max_steps=3))
+    whole = start(stage, tmp_path / "cpu", **LONGER)
+    found = stopped_and_gone_on(start, monkeypatch, stage, tmp_path / "gpu", LONGER)
+    assert [line["step"] for line in metrics(found) if "loss" in line] == [1, 2, 3]
+    require_equal(whole, found)
 
 
 def test_a_run_goes_on_at_another_zero_stage(start, tmp_path, monkeypatch):
-    whole = start("sft", tmp_path / "cpu", max_steps=3, zero_stage=2)
+    whole = start("sft", tmp_path / "cpu", **LONGER)
+    require_equal(whole, stopped_and_gone_on(start, monkeypatch, "sft", tmp_path / "gpu", LONGER, zero_stage=2), 1e-4)
+
+
+def stopped_and_gone_on(start, monkeypatch, stage: str, output: Path, flags: dict, **later) -> str:
+    """Stopped where it can be for the second time; all on the GPU."""
     with pretend_gpu():
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             stop_at(patch, 2)
-            start("sft", tmp_path / "gpu", max_steps=3)
-        require_equal(whole, start("sft", tmp_path / "gpu", max_steps=3, zero_stage=2), 1e-4)
-
-
-def stopped_and_gone_on(start, monkeypatch, call: int, stage: str, output: Path, **flags) -> str:
-    with pretend_gpu():
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            stop_at(patch, call)
             start(stage, output, **flags)
-        return start(stage, output, **flags)
+        return start(stage, output, **(flags | later))
 
 
 # Step 3
@@ -209,7 +212,7 @@ def test_ppo_goes_on_inside_of_an_update(start, models, tmp_path, monkeypatch):
     flags = {"actor_model_name_or_path": models["actor"], "critic_model_name_or_path": models["reward"]}
     flags |= {"max_answer_seq_len": 6, "max_eval_samples": 4, "max_steps": 1, "enable_ema": True}
     whole = start("ppo", tmp_path / "cpu", **flags)
-    require_equal(whole, stopped_and_gone_on(start, monkeypatch, 2, "ppo", tmp_path / "gpu", **flags))
+    require_equal(whole, stopped_and_gone_on(start, monkeypatch, "ppo", tmp_path / "gpu", flags))
 
 
 # Around training
@@ -283,3 +286,23 @@ def test_the_reward_server(models):
     expected = scores(torch.device("cpu"))
     with pretend_gpu():
         assert scores(torch.device("cuda")) == expected
+
+
+# Several ranks
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks(stage, models, data_file, cache_dir, tmp_path):
+    """Which send each other nothing from the CPU; with offload and adapters, at ZeRO 2 and 3."""
+    found = []
+    for device in ("cpu", "gpu"):
+        (tmp_path / device).mkdir()
+        places = [models["actor"], models["reward"], models["adapter"], data_file, cache_dir, str(tmp_path / device)]
+        launch("tests.zero_driver", 2, *places, str(stage), *[device] * (device == "gpu"), seconds=900)
+        found.append(json.loads((tmp_path / device / "ranks2.json").read_text()))
+    expected, on_gpu = (result[str(stage)] for result in found)
+    assert len(expected) == (4 if stage == 1 else 6)
+    for name, lines in expected.items():
+        for one, other in zip(on_gpu[name], lines, strict=True):
+            assert one == pytest.approx(other, rel=1e-5, abs=1e-6), name
