@@ -10,6 +10,7 @@ default one is the CPU's), and on which device a file's tensors are loaded witho
 `torch.jit.trace` is refused: the project records steps for a CPU only.
 """
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -300,7 +301,8 @@ def pretend_gpu() -> Iterator[Places]:
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
-    real_accelerator.get_accelerator()  # DeepSpeed chooses its own now, not inside
+    real_accelerator.get_accelerator()  # DeepSpeed chooses its own now, not inside, and so does bitsandbytes
+    importlib.import_module("bitsandbytes")
     with ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, fake))

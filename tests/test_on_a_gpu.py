@@ -292,9 +292,9 @@ def test_the_reward_server(models):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks(stage, models, data_file, cache_dir, tmp_path):
-    """Which send each other nothing from the CPU; with offload and adapters, at ZeRO 2 and 3."""
+    """Which send each other nothing from the CPU; with offload and adapters too."""
     found = []
     for device in ("cpu", "gpu"):
         (tmp_path / device).mkdir()
@@ -302,7 +302,7 @@ def test_two_ranks(stage, models, data_file, cache_dir, tmp_path):
         launch("tests.zero_driver", 2, *places, str(stage), *[device] * (device == "gpu"), seconds=900)
         found.append(json.loads((tmp_path / device / "ranks2.json").read_text()))
     expected, on_gpu = (result[str(stage)] for result in found)
-    assert len(expected) == (4 if stage == 1 else 6)
+    assert len(expected) == 6
     for name, lines in expected.items():
         for one, other in zip(on_gpu[name], lines, strict=True):
             assert one == pytest.approx(other, rel=1e-5, abs=1e-6), name
