@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import _allowed_determinism_checks_to_fns
-from torch.utils.weak import WeakIdKeyDictionary
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 MEMORY = 2**36
@@ -56,25 +55,24 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Places:
-    """The storages that count as the GPU's."""
+    """Which storages count as the GPU's."""
 
     def __init__(self) -> None:
-        self._storages = WeakIdKeyDictionary()
         self.num_operations = 0  # that were the GPU's
         self.calls = threading.local()  # `given`: the arguments of the call that this thread is in
 
     def on_gpu(self, tensor: Tensor) -> bool:
         with torch._C.DisableTorchFunction():
-            return tensor.device.type == "cpu" and tensor.untyped_storage() in self._storages
+            return tensor.device.type == "cpu" and hasattr(tensor.untyped_storage(), "on_gpu")
 
     def put(self, tensor: Tensor, device: torch.device) -> Tensor:
         with torch._C.DisableTorchFunction():
             if tensor.device.type == "cpu":
                 storage = tensor.untyped_storage()
                 if device.type == "cuda":
-                    self._storages[storage] = True
-                else:
-                    self._storages.pop(storage, None)
+                    storage.on_gpu = True  # torch keeps a storage's Python object as long as the storage
+                elif hasattr(storage, "on_gpu"):
+                    del storage.on_gpu
         return tensor
 
 
@@ -89,7 +87,7 @@ class _Kernels(TorchDispatchMode):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
             given = [x for x in _tensors((args, kwargs)) if x.device.type == "cpu"]
-            on_gpu = [x for x in given if self.places.on_gpu(x)]
+            on_gpu = [x for x in given if hasattr(x.untyped_storage(), "on_gpu")]
             if func.namespace == "c10d" and func.overloadpacket is not torch.ops.c10d.barrier:
                 if len(on_gpu) < len(given):
                     raise RuntimeError(f"No backend type associated with device type cpu: {func} over NCCL")
@@ -99,7 +97,8 @@ class _Kernels(TorchDispatchMode):
             result = func(*args, **kwargs)
             if (on_gpu and func.overloadpacket is not aten.copy_) or (not given and self._is_made_for_gpu()):
                 for x in _tensors(result):
-                    self.places.put(x, GPU)
+                    if x.device.type == "cpu":
+                        x.untyped_storage().on_gpu = True
             return result
 
     def _is_made_for_gpu(self) -> bool:
@@ -286,21 +285,14 @@ def pretend_gpu() -> Iterator[Places]:
     fakes: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
         "is_bf16_supported": lambda *_, **__: True,
-        "synchronize": lambda *_: None,
-        "empty_cache": lambda: None,
         "mem_get_info": lambda *_: (MEMORY, MEMORY),
-        "max_memory_reserved": lambda *_: 0,
-        "max_memory_allocated": lambda *_: 0,
-        "memory_allocated": lambda *_: 0,
-        "reset_peak_memory_stats": lambda *_: None,
-        "manual_seed": lambda seed: None,
-        "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
+    silent = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all")
+    zero = ("current_device", "max_memory_reserved", "max_memory_allocated", "memory_allocated")
+    fakes |= dict.fromkeys(silent, lambda *_: None) | dict.fromkeys(zero, lambda *_: 0)
     real_accelerator.get_accelerator()  # DeepSpeed chooses its own now, not inside, and so does bitsandbytes
     importlib.import_module("bitsandbytes")
     with ExitStack() as stack:

@@ -100,7 +100,7 @@ def metrics(directory: str):
     ("stage", "flags"),
     [
         ("sft", {"zero_stage": 2, "gradient_checkpointing": True, "prompt_loss_weight": 0.1}),
-        ("sft", {"zero_stage": 3, "lora_dim": 4}),
+        pytest.param("sft", {"zero_stage": 3, "lora_dim": 4}, marks=pytest.mark.long),
         ("reward", {"judge": "vowels", "judge_samples": 2, "judge_max_new_tokens": 6, "gradient_checkpointing": True}),
         ("dpo", {"label_smoothing": 0.1, "sft_coef": 0.1}),
         ("dpo", {"lora_dim": 4, "loss_type": "kto"}),
@@ -193,7 +193,10 @@ ADAPTERS = {"actor_lora_dim": 4, "critic_lora_dim": 4, "share_trunk": True, "max
     [
         GROUP | {"reward": ["lengths"], "advantage_estimator": "grpo", "old_logprobs": "sampler"},
         GROUP | {"reward": ["full:reward"], "advantage_estimator": "rloo", "rollout_engine": "hf", "kl_penalty": "k3"},
-        ADAPTERS | {"critic_model_name_or_path": "adapter", "actor_gradient_checkpointing": True},
+        pytest.param(
+            ADAPTERS | {"critic_model_name_or_path": "adapter", "actor_gradient_checkpointing": True},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["grpo", "rloo", "adapters"],
 )
@@ -231,6 +234,7 @@ def on_both(name: str, output: Path, **flags) -> list[Path]:
     return folders
 
 
+@pytest.mark.long
 def test_rw_eval(models, data_file, cache_dir, tmp_path):
     flags = ASKED | {"data_path": data_file, "data_output_path": cache_dir, "model_name_or_path": models["reward"]}
     flags |= {"judge": models["vowels"], "policy_model_name_or_path": models["actor"], "judge_max_new_tokens": 6}
