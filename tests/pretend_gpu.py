@@ -292,7 +292,8 @@ def pretend_gpu() -> Iterator[Places]:
     }
     silent = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all")
     zero = ("current_device", "max_memory_reserved", "max_memory_allocated", "memory_allocated")
-    fakes |= dict.fromkeys(silent, lambda *_: None) | dict.fromkeys(zero, lambda *_: 0)
+    # A function for each: torch.compile's own tables know functions by what they are.
+    fakes |= {name: lambda *_: None for name in silent} | {name: lambda *_: 0 for name in zero}
     real_accelerator.get_accelerator()  # DeepSpeed chooses its own now, not inside, and so does bitsandbytes
     importlib.import_module("bitsandbytes")
     with ExitStack() as stack:
