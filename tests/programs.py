@@ -1,9 +1,12 @@
 """Running the stage programs in this process, as `main(argv)`, on tiny settings."""
 
 import importlib.util
+import signal
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+from dschat.engine.stop_signals import StopSignals
 
 ROOT = Path(__file__).parents[1]
 STEPS = {
@@ -78,3 +81,15 @@ def run_stages(model: str, data: str, cache_dir: str, root: Path) -> dict[str, s
     reward = run("reward", data, cache_dir, root / "reward", model_name_or_path=sft)
     models = {"actor_model_name_or_path": sft, "critic_model_name_or_path": reward}
     return {"sft": sft, "reward": reward, "ppo": run("ppo", data, cache_dir, root / "ppo", **models)}
+
+
+def stop_at(monkeypatch, call: int) -> None:
+    """A signal that is noticed at the n-th point where a run can be stopped."""
+    calls = 0
+
+    def agreed(self, runtime) -> int:
+        nonlocal calls
+        calls += 1
+        return signal.SIGTERM if calls == call else 0
+
+    monkeypatch.setattr(StopSignals, "agreed", agreed)

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 from dschat.engine.checkpoint import list_checkpoints
-from dschat.engine.stop_signals import StopSignals
 from dschat.errors import Stopped, UserError
 from tests.conftest import ROOT
-from tests.programs import STEPS, arguments, run
+from tests.programs import STEPS, arguments, run, stop_at
 
 import pytest
 import torch
@@ -55,18 +54,6 @@ def flags(model_dirs, data_file, cache_dir, tmp_path_factory):
         "ppo": PPO | models | {"ptx_data_path": [data_file]},
         "ppo, LoRA": PPO | models | shared | {"max_steps": 3, "best_of_n": 0, "ppo_epochs": 1},
     }
-
-
-def stop_at(monkeypatch, call: int) -> None:
-    """A signal that is noticed at the n-th point where a run can be stopped."""
-    calls = 0
-
-    def agreed(self, runtime) -> int:
-        nonlocal calls
-        calls += 1
-        return signal.SIGTERM if calls == call else 0
-
-    monkeypatch.setattr(StopSignals, "agreed", agreed)
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:

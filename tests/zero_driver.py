@@ -1,17 +1,20 @@
 """Runs steps 1, 2, DPO and 3 at every ZeRO stage in one process per rank, and writes each run's losses as JSON.
 
-python -m tests.zero_driver <model> <reward model> <reward adapter> <data> <cache> <output> <stages>
+python -m tests.zero_driver <model> <reward model> <reward adapter> <data> <cache> <output> <stages> [gpu]
 
 With adapters, on one rank stage 0 alone, on two 2 and 3. DPO is run at stage 0, and on two ranks at all.
-On two ranks it and what has adapters are offloaded where there is anything to offload.
+On two ranks it and what has adapters are offloaded where there is anything to offload. ``gpu``: on the one that is
+not there (`tests/pretend_gpu.py`).
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from dschat.engine.distributed import init_runtime
 from dschat.errors import run_program
+from tests.pretend_gpu import pretend_gpu
 from tests.programs import run
 
 
@@ -23,7 +26,11 @@ def losses(directory: str) -> list[dict]:
 
 
 def main() -> None:
-    base, reward, adapter, data, cache, root, stages = sys.argv[1:]
+    with pretend_gpu() if sys.argv[8:] == ["gpu"] else nullcontext():
+        run_all(*sys.argv[1:8])
+
+
+def run_all(base: str, reward: str, adapter: str, data: str, cache: str, root: str, stages: str) -> None:
     runtime = init_runtime(0)
     world = runtime.world_size
     result = {}

@@ -77,6 +77,8 @@ Rows = TypeVar("Rows", Rollout, Experience)
 
 def take_rows(batch: Rows, index: torch.Tensor | slice | list[int]) -> Rows:
     """The given rows, without the columns that are padding in all of them."""
+    if isinstance(index, list):  # sent to a GPU once, not for each field, each time after all that it has to do
+        index = torch.tensor(index, device=batch.response_ids.device)
     picked = {f.name: getattr(batch, f.name)[index] for f in dataclasses.fields(batch) if len(getattr(batch, f.name))}
     prompt_size = int(picked["attention_mask"].sum(1).max())
     response_size = int(picked["response_mask"].sum(1).max())
@@ -176,8 +178,9 @@ def score_rollout(
             ask(rows)
 
     def ask(rows: list[int]) -> None:
-        part = take_rows(rollout, rows)
-        mask = action_mask[rows, : part.response_ids.shape[1]]
+        here = torch.tensor(rows, device=scores.device)
+        part = take_rows(rollout, here)
+        mask = action_mask[here, : part.response_ids.shape[1]]
         ref_logits = policy_logits(engine.ref, engine, part)
         found = {"ref_logprobs": policy_logprobs(ref_logits, part, sampling)}
         if old_logprobs == SAMPLER:
@@ -194,9 +197,9 @@ def score_rollout(
             values = response_values(engine.critic, part)
             found["values"] = values[:, :-1]
             ends = part.response_mask.sum(1, keepdim=True)
-            scored["final_values"][rows] = values.gather(1, ends).squeeze(1).float()
+            scored["final_values"][here] = values.gather(1, ends).squeeze(1).float()
         for name, value in (found | {"sampler_logprobs": part.logprobs}).items():
-            scored[name][rows, : mask.shape[1]] = _masked(value, mask).float()
+            scored[name][here, : mask.shape[1]] = _masked(value, mask).float()
 
     for part in parts:
         memory.ask(partial(ask_in_parts, part))
