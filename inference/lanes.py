@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from dschat.functional import token_logprobs
 from dschat.models.precision import tolerance
-from dschat.rlhf.decode_step import decoding_weights, forward_step
+from dschat.rlhf.decode_step import forward_step, weights_of
 from dschat.rlhf.rollout import decode, draw
 from dschat.rlhf.rollout_engine import why_not_slots
 from dschat.rlhf.slots import SlotDecoder
@@ -107,7 +107,7 @@ class SlotLanes:
 
     def __init__(self, model: PreTrainedModel, size: int, context: int):
         self.model, self.size, self.context = model, size, context
-        self.weights = decoding_weights(model)
+        self.weights = weights_of(model)
         self.num_prompt_tokens = 0  # computed so far; the others of the prompts were there already
         self._rows: list[_Row] = []
         self._running = 0

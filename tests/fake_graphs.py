@@ -53,6 +53,15 @@ def _recording(graph, pool=None, capture_error_mode="global"):
         yield
 
 
+FAKES = {
+    "CUDAGraph": FakeGraph,
+    "graph": _recording,
+    "graph_pool_handle": lambda: (0, len(FakeGraph.made)),
+    "current_stream": lambda: None,
+    "stream": lambda stream: nullcontext(),
+}
+
+
 class _OnAGpu(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function == torch.Tensor.is_cpu.__get__:
@@ -67,10 +76,7 @@ def as_on_a_gpu():
     """Every tensor says that it is on a GPU, and graphs can be recorded. Yields the list of them."""
     FakeGraph.made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-        patch.setattr(torch.cuda, "graph", _recording)
-        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, len(FakeGraph.made)))
-        patch.setattr(torch.cuda, "current_stream", lambda: None)
-        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        for name, fake in FAKES.items():
+            patch.setattr(torch.cuda, name, fake)
         with _OnAGpu():
             yield FakeGraph.made

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests import fake_graphs
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -294,6 +296,7 @@ def pretend_gpu() -> Iterator[Places]:
     zero = ("current_device", "max_memory_reserved", "max_memory_allocated", "memory_allocated")
     # A function for each: torch.compile's own tables know functions by what they are.
     fakes |= {name: lambda *_: None for name in silent} | {name: lambda *_: 0 for name in zero}
+    fakes |= fake_graphs.FAKES
     real_accelerator.get_accelerator()  # DeepSpeed chooses its own now, not inside, and so does bitsandbytes
     importlib.import_module("bitsandbytes")
     with ExitStack() as stack:

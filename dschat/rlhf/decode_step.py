@@ -15,13 +15,11 @@ from dschat.rlhf.rollout import draw
 from dschat.rlhf.specs import Sampling
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 Step = Callable[..., tuple[Tensor, Tensor]]
-
-SMALL_WEIGHTS = 2**27  # bytes up to which a CPU's caches hold a model, more or less
 
 
 def forward_step(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
@@ -30,7 +28,7 @@ def forward_step(model: PreTrainedModel, inputs: Sequence[Tensor]) -> Callable[.
     rows = torch.arange(len(inputs[0]), device=inputs[0].device)[:, None]
     heads = torch.arange(inputs[2].shape[1], device=rows.device)[None]
     columns = torch.arange(inputs[2].shape[2], device=rows.device)
-    size = len(inputs) - len(list(model.parameters()))
+    size = len(inputs) - len(weights_of(model))
 
     def step(tokens: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
         where = (rows, heads, positions[:, None])
@@ -62,16 +60,9 @@ def draw_step(model: PreTrainedModel, sampling: Sampling, inputs: Sequence[Tenso
     return step
 
 
-def decoding_weights(model: PreTrainedModel) -> list[Tensor]:
-    """The parameters, each once, without gradients: their own memory, but of a small float32 model on a CPU copies of
-    the linear layers that lie in memory as the product with few rows reads them (twice as fast for one row)."""
-    parameters = list(model.parameters())
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    turned = set()
-    if size <= SMALL_WEIGHTS:
-        linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
-        turned = {weight for weight in linear if weight.is_cpu and weight.dtype == torch.float32}
-    return [p.detach().t().contiguous().t() if p in turned else p.detach() for p in parameters]
+def weights_of(model: PreTrainedModel) -> list[Tensor]:
+    """The memory of the parameters, each once, without gradients."""
+    return [parameter.detach() for parameter in model.parameters()]
 
 
 def traced(step: Step, model: PreTrainedModel, inputs: Sequence[Tensor]) -> Step:
@@ -100,8 +91,8 @@ class Graphs:
     """
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
         self.problem = ""  # why steps run plainly
+        self._pool: Any = None
 
     def record(self, step: Step, model: PreTrainedModel) -> Step:
         """The step, which becomes a graph when it is made for the second time; what was loaded or allocated for good
@@ -125,10 +116,11 @@ class Graphs:
     ) -> Step | None:
         """The graph of a step that gave ``result``; None, with a warning, where none can be made or it differs."""
         own = [x.clone() for x in inputs[:3]]
-        graph = torch.cuda.CUDAGraph()
         try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
             back = torch.cuda.stream(torch.cuda.current_stream())  # even where ending the recording fails
-            with back, torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with back, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 tokens, logprobs = step(*own, *inputs[3:])
         except Exception as error:  # whatever a family's code does that a graph cannot hold, such as asking the GPU
             self.problem = " ".join(str(error).split())[:200]

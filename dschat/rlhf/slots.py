@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
-from dschat.rlhf.decode_step import SMALL_WEIGHTS, Graphs, Step, decoding_weights, draw_step, traced
+from dschat.rlhf.decode_step import Graphs, Step, draw_step, traced, weights_of
 from dschat.rlhf.rollout import Rollout
 from dschat.rlhf.specs import PREFILL_TOKENS, Sampling
 
@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 _WIDTH = 64  # columns of the cache are read in multiples of so many
 _WIDTHS = 8  # and in so many different widths at most
+_SMALL_WEIGHTS = 2**27  # bytes up to which each core decodes by itself: they stay in the caches
 _LOOK_EVERY = 8  # steps of a GPU, between which nobody waits for it
 
 
@@ -60,7 +61,7 @@ class SlotDecoder:
         by_length = sorted(range(len(uniforms)), key=lambda row: len(prompts[row // num_samples]))
         num_threads = torch.get_num_threads()
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        num_workers = num_threads if input_ids.is_cpu and size <= SMALL_WEIGHTS else 1
+        num_workers = num_threads if input_ids.is_cpu and size <= _SMALL_WEIGHTS else 1
         num_workers = max(1, min(num_workers, len(uniforms) // 2))
         slots = -(-min(batch_size * num_samples, len(uniforms)) // num_workers)
         if num_workers > 1:
@@ -144,7 +145,7 @@ class _Job:
         eos_token_id: int,
     ):
         self.decoder, self.model, self.sampling, self.eos_token_id = decoder, model, sampling, eos_token_id
-        self.prompts, self.num_samples, self.weights = prompts, num_samples, decoding_weights(model)
+        self.prompts, self.num_samples, self.weights = prompts, num_samples, weights_of(model)
         self.uniforms = torch.cat([uniforms, uniforms.new_zeros(1, uniforms.shape[1])])
         self.nobody = len(uniforms)
         size, device = (len(uniforms) + 1, sampling.max_new_tokens), uniforms.device
