@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from dschat.engine.deepspeed_engine import TrainSpec, backward, create_train_engine, whole_model
 from dschat.engine.distributed import Runtime, init_runtime, set_seed
-from dschat.engine.micro_batches import MicroBatches
+from dschat.engine.micro_batches import MicroBatches, is_out_of_memory
 from dschat.errors import StartAgain, UserError
 
 import pytest
@@ -169,3 +169,21 @@ def test_an_optimizer_in_the_memory_of_the_cpu_starts_again_and_one_row_is_the_e
     assert noted == [1]
     with pytest.raises(UserError, match="out of memory on a micro-batch of 1 rows; shorten them"):
         asks(0)(memory, lambda memory, compute: memory.ask(compute))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected

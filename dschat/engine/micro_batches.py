@@ -12,6 +12,11 @@ import deepspeed
 import torch
 from torch import nn
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 Rows = TypeVar("Rows")
 Result = TypeVar("Result")
 
@@ -128,8 +133,8 @@ class MicroBatches:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device, or of the CPU, which torch tells with a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Of the device; or as the CPU's allocator and CUDA's libraries tell it, with a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def drop_gradient(engine: deepspeed.DeepSpeedEngine) -> None:
