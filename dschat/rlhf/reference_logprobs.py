@@ -120,7 +120,7 @@ def with_frozen_model(
 
 def _compute(model: nn.Module, family: PreTrainedModel, rows: AnswerRows, console: Console) -> Tensor:
     batches = console.track(rows.in_order(), len(rows.steps), "reference")
-    memory = MicroBatches(rows.runtime, [model], say=console.print, unit="{} rows for the reference")
+    memory = MicroBatches(rows.runtime, [model], unit="{} rows for the reference")
     return ask_answers(model, family, batches, memory).logps.cpu()
 
 
