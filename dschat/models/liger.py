@@ -49,7 +49,7 @@ def apply_liger(model: PreTrainedModel) -> None:
     refusal = f"--use_liger_kernel: Liger has no kernels for the family {family} ({base.config.name_or_path or 'toy'})"
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN or not source.__name__.startswith("transformers."):
         raise UserError(f"{refusal}; leave the flag out")
-    names, own = dict(vars(source)), {layer: {*vars(layer)} for layer in base.modules()}
+    names, own = dict(vars(source)), {layer: dict(vars(layer)) for layer in base.modules()}
     try:
         apply_liger_kernel(base, WITHOUT_LOSSES)
     except (TypeError, ValueError, AttributeError, ImportError, NotImplementedError) as error:
@@ -60,7 +60,7 @@ def apply_liger(model: PreTrainedModel) -> None:
             kept = isinstance(plain, type | Fused)  # Fused: by another model of the family
             setattr(source, name, plain if kept else Fused(fused, plain, name))
     for layer, before in own.items():
-        if "forward" in vars(layer):
+        if vars(layer).get("forward") is not before.get("forward"):
             settings = {name: value for name, value in vars(layer).items() if name not in before}
             layer.forward = MethodType(_forward(layer.forward.__func__, type(layer), settings), layer)
 

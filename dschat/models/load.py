@@ -9,6 +9,7 @@ from typing import Any
 from dschat import remote_code
 from dschat.engine.sharded_loading import whole_loading, whole_weights
 from dschat.errors import UserError
+from dschat.models.activations import use_fused_gelu
 from dschat.models.adapter_files import adapter_base, adapter_config
 from dschat.models.attention import use_fast_attention
 from dschat.models.quantized import quantized, require_whole
@@ -301,7 +302,7 @@ def _require_exact(path: str, missing: Collection[str], unexpected: Collection[s
 
 
 def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dropout: float | None) -> PreTrainedModel:
-    """Make model and tokenizer agree: vocabulary, pad and end tokens; set dropout when asked, and attention."""
+    """Make model and tokenizer agree: vocabulary, pad and end tokens; set dropout when asked, attention and GELU."""
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         _grow_embeddings(model, len(tokenizer))
@@ -310,6 +311,7 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dropout: fl
     if dropout is not None:
         disable_dropout(model, dropout)
     use_fast_attention(model)
+    use_fused_gelu(model)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
+from dschat.models.activations import use_fused_gelu
 from dschat.models.load import load_config, toy_config
 from dschat.models.specs import LoraSpec
 
@@ -92,6 +93,7 @@ def build(
     try:
         with torch.device("meta"):
             model = kind.from_config(config, dtype=dtype)
+            use_fused_gelu(model)
             if lora is not None:
                 from dschat.models.lora import add_lora  # PEFT takes a second to import
 
