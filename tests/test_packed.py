@@ -1,11 +1,13 @@
 """Rows laid end to end: the numbers and gradients of padded rows, from real tokens alone."""
 
 from dschat.data.collate_answers import collate_pairs
+from dschat.data.loader import collate_rankings
 from dschat.functional import token_logprobs
 from dschat.models.attention import use_fast_attention
 from dschat.models.forward import model_inputs
 from dschat.models.load import disable_dropout
 from dschat.models.packed import can_pack, on_tokens, pack, token_logits
+from dschat.models.rankings import ranking_scores
 from dschat.models.scorer import Scorer
 from dschat.rlhf.answer_logprobs import score_answers
 from tests.families import FAMILIES, tiny_config, tiny_model
@@ -168,7 +170,7 @@ def test_a_prompt_of_two_answers_is_computed_once(tokenizer, batch, family):
         found.append((rows.real().logps.detach(), gradients(model, (rows.real().logps * weights).sum()), sizes))
     (plain, plain_gradients, plain_sizes), (shared, shared_gradients, shared_sizes) = found
     real = sum(PROMPTS[:3]) + sum(CHOSEN[:3]) + sum(REJECTED[:3])
-    filler = PROMPTS[3] + CHOSEN[3]  # of two answers without a mask nobody knows where they part
+    filler = PROMPTS[3] + CHOSEN[3] + REJECTED[3]
     assert plain_sizes == [2 * 4 * 15] and shared_sizes == [real + filler]
     torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-5)
     assert_gradients_equal(shared_gradients, plain_gradients)
@@ -185,6 +187,73 @@ def test_answers_to_one_prompt_do_not_see_each_other(tokenizer, batch):
         after = score_answers(model, model, batch | {"input_ids": ids}).logps
         assert torch.equal(after[:3, same], before[:3, same])
         assert not torch.equal(after[:3, changed], before[:3, changed])
+
+
+RANKED = ((5, 3, 1), (4,), (2, 6))  # tokens of the answers to each prompt
+
+
+@pytest.fixture
+def rankings(tokenizer):
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(size):
+        return torch.randint(4, len(tokenizer), (size,), generator=generator).tolist()
+
+    rows = []
+    for prompt_len, sizes in zip(PROMPTS, RANKED, strict=False):
+        prompt, ranks = ids(prompt_len), list(range(1, len(sizes) + 1))
+        answers = [prompt + ids(size) for size in sizes]
+        rows.append({"input_ids": answers, "ranks": ranks, "prompt_len": prompt_len, "margin": 0.0})
+    rows[2]["input_ids"][1][7] = rows[2]["input_ids"][0][7]  # and both answers begin alike
+    return collate_rankings(rows, 3, tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_ranked_answers_is_computed_once(tokenizer, rankings, family):
+    config = tiny_config(family, tokenizer)
+    config.num_labels = 1
+    weights = torch.tensor([[1.0, -0.5, 0.2], [0.3, 0.0, 0.0], [-1.0, 0.7, 0.0]])
+    found = []
+    for attention in (lambda model: model, fast):
+        torch.manual_seed(0)
+        scorer = Scorer(attention(transformers.AutoModelForSequenceClassification.from_config(config))).eval()
+        sizes = count_tokens(scorer.model.base_model)
+        scores = ranking_scores(scorer, rankings)
+        assert (scores != 0).tolist() == rankings["answer_mask"].tolist()
+        found.append((scores.detach(), gradients(scorer, (scores * weights).sum()), sizes))
+    (plain, plain_gradients, plain_sizes), (shared, shared_gradients, shared_sizes) = found
+    padded, real = 6 * (9 + 5), sum(PROMPTS[:3]) + sum(map(sum, RANKED)) - 1
+    assert plain_sizes == [padded] and shared_sizes == [padded if family == "bloom" else real]
+    torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-5)
+    assert_gradients_equal(shared_gradients, plain_gradients)
+
+
+def test_only_tokens_that_are_the_same_from_the_start_on_are_shared():
+    ids = torch.tensor([[5, 6, 7, 8], [0, 5, 6, 9], [4, 6, 7, 8], [5, 6, 0, 0], [5, 6, 7, 8], [0, 0, 0, 5]])
+    mask = ids != 0
+    packed = pack(ids, mask, torch.zeros(6, dtype=torch.int64))
+    assert packed.input_ids[0].tolist() == [5, 6, 7, 8, 9, 4, 6, 7, 8]
+    assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
+    assert torch.equal(packed.at_tokens(packed.input_ids)[mask], ids[mask])
+    values = torch.arange(9.0).view(1, 1, 9, 1).requires_grad_()
+    packed.rows.spread(values).sum().backward()
+    assert values.grad.flatten().tolist() == [5, 4, 2, 2, 1, 1, 1, 1, 1]  # the rows that have each token
+
+
+def test_a_row_like_one_that_is_like_another_is_computed_by_itself():
+    ids = torch.tensor([[5, 6], [5, 7], [5, 7]])
+    packed = pack(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([0, 0, 1]))
+    assert packed.input_ids[0].tolist() == [5, 6, 7, 5, 7]
+    assert torch.equal(packed.at_tokens(packed.input_ids), ids)
+
+
+def test_what_stands_at_padding_is_not_shared():
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    for mask in ([[1, 1, 0], [1, 1, 1]], [[1, 1, 1], [1, 1, 0]]):
+        mask = torch.tensor(mask).bool()
+        packed = pack(ids, mask, torch.tensor([0, 0]))
+        assert packed.input_ids[0].tolist() == [5, 6, 7]
+        assert torch.equal(packed.at_tokens(packed.input_ids)[mask], ids[mask])
 
 
 # Who is packed

@@ -29,12 +29,12 @@ _of_mask: "WeakValueDictionary[int, Rows]" = WeakValueDictionary()
 class Rows:
     """Where the N tokens of a packed batch (`dschat.models.packed`) stand in R rows of L places, padded on the right.
 
-    A token stands in one row, or in two that begin alike.
+    A token stands in one row, or in several that begin alike.
     """
 
     columns: Tensor  # (R, L) int64 in [0, N): the token at each place; any at padding
     places: Tensor  # (N,) int64 in [0, R L): the first place of each token, of which its result is taken
-    more_places: Tensor  # (M,): the other places of tokens that have two
+    more_places: Tensor  # (M,): the other places of tokens that have several
     more_columns: Tensor  # (M,): those tokens
     num_uses: int = 0  # calls of `attention` that got it
 

@@ -57,7 +57,7 @@ def token_logits(
     input_ids: Tensor,
     attention_mask: Tensor,
     wanted: Tensor,
-    num_shared: Tensor | None = None,
+    begins_like: Tensor | None = None,
 ) -> Tensor:
     """(1, M, V): the logits that predict the M tokens where ``wanted`` is True, row by row. Only these positions go
     through the vocabulary projection.
@@ -66,11 +66,11 @@ def token_logits(
         model: the module or its engine; ``family``: the Hugging Face model inside.
         input_ids, attention_mask: (B, T), padding anywhere.
         wanted: (B, T) bool; nothing predicts the first token of a row.
-        num_shared: see `pack`.
+        begins_like: see `pack`.
     """
     wanted = wanted[:, 1:]
     if can_pack(family):
-        packed = pack(input_ids, attention_mask, num_shared)
+        packed = pack(input_ids, attention_mask, begins_like)
         before = packed.columns[:, :-1][wanted]
         return packed.run(model, family, logits_to_keep=before).logits
     inputs = model_inputs(family, input_ids, attention_mask)
@@ -80,12 +80,16 @@ def token_logits(
 
 
 def token_values(
-    call: Callable[..., Tensor], family: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+    call: Callable[..., Tensor],
+    family: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    begins_like: Tensor | None = None,
 ) -> Tensor:
     """(B, T), (B, T) -> (B, T): what ``call``, given the inputs of a Hugging Face model, finds at each token; what
-    stands at padding means nothing. ``family``: the model that it calls."""
+    stands at padding means nothing. ``family``: the model that it calls; ``begins_like``: see `pack`."""
     if can_pack(family):
-        packed = pack(input_ids, attention_mask)
+        packed = pack(input_ids, attention_mask, begins_like)
         return packed.at_tokens(packed.run(call, family))
     return call(**model_inputs(family, input_ids, attention_mask), use_cache=False)
 
@@ -95,32 +99,39 @@ def on_tokens(values: Tensor, wanted: Tensor) -> Tensor:
     return values.new_zeros(wanted.shape).masked_scatter(wanted, values)
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, num_shared: Tensor | None = None) -> Packed:
+def pack(input_ids: Tensor, attention_mask: Tensor, begins_like: Tensor | None = None) -> Packed:
     """The tokens of a batch, laid end to end row by row.
 
     Args:
         input_ids, attention_mask: (B, T), bool, padding anywhere.
-        num_shared: (B / 2,) tokens that a row of the second half has in common with its row of the first, from the
-            start on; they are computed once.
+        begins_like: (B,) int64: for each row another, or itself, with which it may have its first tokens in common.
+            Those that are the same are computed once, in the other row; which must be one that is like itself.
     """
     mask = attention_mask.bool()
     num_rows, lengths = len(mask), mask.sum(1)
     size = int(lengths.max())
-    shared = torch.zeros_like(lengths)
-    if num_shared is not None:
-        shared[num_rows // 2 :] = num_shared
+    places = torch.arange(size, device=mask.device)[None]  # of a token in its row
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]  # in each row: its tokens, then padding
+    ids = input_ids.gather(1, order)
+    other = torch.arange(num_rows, device=mask.device) if begins_like is None else begins_like
+    shared = _num_shared(ids, lengths, other)
     own = lengths - shared
     starts = (own.cumsum(0) - own)[:, None]
-    places = torch.arange(size, device=mask.device)[None]  # of a token in its row
     is_own, is_shared = (places >= shared[:, None]) & (places < lengths[:, None]), places < shared[:, None]
-    others = starts.roll(num_rows // 2, 0)  # of the row that it shares them with
-    columns = torch.where(is_shared, others + places, (starts + places - shared[:, None]) * is_own)
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]  # in each row: its tokens, then padding
+    columns = torch.where(is_shared, starts[other] + places, (starts + places - shared[:, None]) * is_own)
     own_places, shared_places = (which.flatten().nonzero().squeeze(1) for which in (is_own, is_shared))
     rows = Rows(columns, own_places, shared_places, columns.flatten()[shared_places])
     return Packed(
-        input_ids.gather(1, order).flatten()[own_places][None],
+        ids.flatten()[own_places][None],
         places.expand(num_rows, -1).flatten()[own_places][None],
         rows,
         torch.zeros_like(input_ids).scatter(1, order, columns),
     )
+
+
+def _num_shared(ids: Tensor, lengths: Tensor, other: Tensor) -> Tensor:
+    """(B, T), padded on the right, (B,), (B,) -> (B,): how many first tokens each row has from its other one."""
+    rows, places = torch.arange(len(ids), device=ids.device), torch.arange(ids.shape[1], device=ids.device)
+    is_whole = other == rows
+    equal = (ids == ids[other]) & (places < torch.minimum(lengths, lengths[other])[:, None])
+    return equal.int().cumprod(1).sum(1) * (~is_whole & is_whole[other])

@@ -16,11 +16,15 @@ from torch.nn.functional import pad
 
 
 def ranking_scores(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """(B, K) float32 scores of a batch of `collate_rankings`, from one forward; 0 where there is no answer.
+    """(B, K) float32 scores of a batch of `collate_rankings`, from one forward in which a prompt is computed once for
+    all of its answers; 0 where there is no answer.
 
     ``model`` is a `Scorer` or a DeepSpeed engine around one.
     """
-    values = model(batch["input_ids"], batch["attention_mask"])
+    num_answers = batch["answer_mask"].sum(1)
+    first = num_answers.cumsum(0) - num_answers  # sequence of each row
+    begins_like = first[batch["answer_mask"].nonzero()[:, 0]]
+    values = model(batch["input_ids"], batch["attention_mask"], begins_like)
     scores = last_token_values(values, batch["attention_mask"])
     return scores.new_zeros(batch["ranks"].shape).masked_scatter(batch["answer_mask"], scores)
 

@@ -37,9 +37,12 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.mean, self.std = model, mean, std
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T), (B, T) -> (B, T) float32: the value of each prefix; what stands at padding means nothing."""
-        return token_values(self._values, self.model, input_ids, attention_mask)
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, begins_like: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, T), (B, T) -> (B, T) float32: the value of each prefix; what stands at padding means nothing.
+        ``begins_like``: see `dschat.models.packed.pack`."""
+        return token_values(self._values, self.model, input_ids, attention_mask, begins_like)
 
     def _values(self, **inputs: Any) -> torch.Tensor:
         return self._read(self.model.score, self.model.base_model(**inputs).last_hidden_state)

@@ -101,16 +101,16 @@ def _half(batch: Batch, number: int) -> Batch:
 
 def _pair_logps(model: nn.Module, family: PreTrainedModel, batch: Batch) -> Tensor:
     """(B, 2): the log-probabilities of both answers of each row, behind a prompt that is computed once."""
-    lengths = batch["attention_mask"].sum(1) - batch["response_mask"].sum(1)
-    return _sequence_logps(model, family, batch, lengths.view(2, -1).amin(0)).view(2, -1).T
+    chosen = torch.arange(len(batch["input_ids"]) // 2, device=batch["input_ids"].device)
+    return _sequence_logps(model, family, batch, chosen.repeat(2)).view(2, -1).T
 
 
 def _sequence_logps(
-    model: nn.Module, family: PreTrainedModel, batch: Batch, num_shared: Tensor | None = None
+    model: nn.Module, family: PreTrainedModel, batch: Batch, begins_like: Tensor | None = None
 ) -> Tensor:
     """(M,): the log-probability of each sequence's answer, 0 where its response_mask is empty."""
     ids, attended, response_mask = (batch[name] for name in ("input_ids", "attention_mask", "response_mask"))
     size = response_mask.shape[1]
     wanted = nn.functional.pad(response_mask, (ids.shape[1] - size, 0))
-    logprobs = token_logprobs(token_logits(model, family, ids, attended, wanted, num_shared), ids[wanted][None])
+    logprobs = token_logprobs(token_logits(model, family, ids, attended, wanted, begins_like), ids[wanted][None])
     return sequence_logprobs(on_tokens(logprobs, response_mask), response_mask)
