@@ -1,17 +1,19 @@
 """Rows laid end to end: the numbers and gradients of padded rows, from real tokens alone."""
 
+import dschat.models.packed as module
 from dschat.data.collate_answers import collate_pairs
 from dschat.data.loader import collate_rankings
 from dschat.functional import token_logprobs
 from dschat.models.attention import use_fast_attention
 from dschat.models.forward import model_inputs
 from dschat.models.load import disable_dropout
-from dschat.models.packed import can_pack, on_tokens, pack, token_logits
+from dschat.models.packed import _groups, can_pack, on_tokens, pack, token_logits
 from dschat.models.rankings import ranking_scores
 from dschat.models.scorer import Scorer
 from dschat.rlhf.answer_logprobs import score_answers
 from tests.families import FAMILIES, tiny_config, tiny_model
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -23,6 +25,13 @@ PROMPTS, CHOSEN, REJECTED = (9, 4, 7, 1), (3, 8, 1, 5), (6, 2, 4, 1)
 def fast(model):
     use_fast_attention(model)
     return model
+
+
+@pytest.fixture(params=[1, 3])
+def num_groups(request, monkeypatch):
+    """Of the four rows of `ragged`."""
+    monkeypatch.setattr(module, "_GROUP_ON_CPU", {1: 2.0**14, 3: 46.0}[request.param])
+    return request.param
 
 
 def ragged(tokenizer, gaps: bool = False):
@@ -66,8 +75,9 @@ def assert_gradients_equal(found, expected) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_padded_rows(tokenizer, family, checkpointing):
+def test_logits_and_gradients_are_those_of_padded_rows(tokenizer, family, checkpointing, num_groups):
     ids, mask, wanted = ragged(tokenizer)
+    assert len(pack(ids, mask).rows.shapes) == num_groups
     plain, packed = tiny_model(family, tokenizer), fast(tiny_model(family, tokenizer))
     if checkpointing:
         disable_dropout(packed)
@@ -125,7 +135,7 @@ def test_nothing_wanted_is_a_gradient_of_zero(tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_those_of_padded_rows(tokenizer, family):
+def test_scores_are_those_of_padded_rows(tokenizer, family, num_groups):
     ids, mask, _ = ragged(tokenizer)
     config = tiny_config(family, tokenizer)
     config.num_labels = 1
@@ -138,6 +148,30 @@ def test_scores_are_those_of_padded_rows(tokenizer, family):
         found.append((values[mask], gradients(scorer, (values * mask)[:, ::2].square().sum())))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
     assert_gradients_equal(found[1][1], found[0][1])
+
+
+def test_a_row_without_tokens_is_none_to_any_other(tokenizer, num_groups):
+    ids, mask, _ = ragged(tokenizer)
+    model = fast(tiny_model("llama", tokenizer))
+    wanted = mask & (mask.cumsum(1) > 1) & (torch.arange(4) != 1)[:, None]
+    expected = token_logits(model, model, ids[[0, 2, 3]], mask[[0, 2, 3]], wanted[[0, 2, 3]])
+    mask[1] = False
+    torch.testing.assert_close(token_logits(model, model, ids, mask, wanted), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_are_those_at_which_attention_has_least_to_do():
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        lengths, cost = generator.integers(1, 12, size=7), float(generator.integers(0, 120))
+
+        def work(groups, lengths=lengths, cost=cost):
+            return sum(len(group) * int(lengths[group].max()) ** 2 + cost for group in groups)
+
+        found = _groups(lengths, cost)
+        assert sorted(torch.cat(found).tolist()) == list(range(7))
+        runs = np.argsort(lengths)
+        cuts = [[i + 1 for i in range(6) if bits >> i & 1] for bits in range(2**6)]
+        assert work(found) == min(work(np.split(runs, cut)) for cut in cuts)
 
 
 # A prompt that two rows share
@@ -160,7 +194,7 @@ def batch(tokenizer):
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_prompt_of_two_answers_is_computed_once(tokenizer, batch, family):
+def test_a_prompt_of_two_answers_is_computed_once(tokenizer, batch, family, num_groups):
     found = []
     for attention in (lambda model: model, fast):
         model = attention(tiny_model(family, tokenizer))
@@ -209,7 +243,7 @@ def rankings(tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_of_ranked_answers_is_computed_once(tokenizer, rankings, family):
+def test_a_prompt_of_ranked_answers_is_computed_once(tokenizer, rankings, family, num_groups):
     config = tiny_config(family, tokenizer)
     config.num_labels = 1
     weights = torch.tensor([[1.0, -0.5, 0.2], [0.3, 0.0, 0.0], [-1.0, 0.7, 0.0]])
@@ -236,7 +270,7 @@ def test_only_tokens_that_are_the_same_from_the_start_on_are_shared():
     assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     assert torch.equal(packed.at_tokens(packed.input_ids)[mask], ids[mask])
     values = torch.arange(9.0).view(1, 1, 9, 1).requires_grad_()
-    packed.rows.spread(values).sum().backward()
+    torch.cat([part.flatten() for part in packed.rows.spread(values)]).sum().backward()
     assert values.grad.flatten().tolist() == [5, 4, 2, 2, 1, 1, 1, 1, 1]  # the rows that have each token
 
 

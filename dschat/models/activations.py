@@ -1,6 +1,7 @@
 """One kernel for the tanh form of GELU, which transformers writes out as eight operations over the widest layer."""
 
 from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
@@ -16,9 +17,9 @@ def use_fused_gelu(model: nn.Module) -> None:
     once, where bf16 was rounded at each operation; the backward pass keeps x alone. Classes, config and saved files
     stay what they are. A model built anew from the config has the plain layers.
     """
-    for module in model.modules():
-        if isinstance(module, _WRITTEN_OUT):
-            module.forward = MethodType(_fused, module)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, _WRITTEN_OUT)]
+    for layer in layers:
+        layer.forward = MethodType(_fused, layer)
 
 
 def _fused(_: nn.Module, hidden: Tensor) -> Tensor:

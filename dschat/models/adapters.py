@@ -34,9 +34,11 @@ class AdapterScorer(Scorer):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, begins_like: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, T), (B, T) -> (B, T) float32: (raw - mean) / std of each prefix; at padding it means nothing."""
-        return super().forward(input_ids, attention_mask)
+        return super().forward(input_ids, attention_mask, begins_like)
 
     def _values(self, **inputs: Any) -> torch.Tensor:
         """Of what reaches the vocabulary projection with the adapter on; only one position goes through it."""

@@ -27,13 +27,15 @@ _of_mask: "WeakValueDictionary[int, Rows]" = WeakValueDictionary()
 
 @dataclass(eq=False)
 class Rows:
-    """Where the N tokens of a packed batch (`dschat.models.packed`) stand in R rows of L places, padded on the right.
+    """Where the N tokens of a packed batch (`dschat.models.packed`) stand in groups of R rows of L places, padded on
+    the right; attention is computed group by group.
 
     A token stands in one row, or in several that begin alike.
     """
 
-    columns: Tensor  # (R, L) int64 in [0, N): the token at each place; any at padding
-    places: Tensor  # (N,) int64 in [0, R L): the first place of each token, of which its result is taken
+    shapes: tuple[tuple[int, int], ...]  # (R, L) of each group; P places in all
+    columns: Tensor  # (P,) int64 in [0, N): the token at each place; any at padding
+    places: Tensor  # (N,) int64 in [0, P): the first place of each token, of which its result is taken
     more_places: Tensor  # (M,): the other places of tokens that have several
     more_columns: Tensor  # (M,): those tokens
     num_uses: int = 0  # calls of `attention` that got it
@@ -42,47 +44,50 @@ class Rows:
         _of_mask[self.columns.data_ptr()] = self
 
     def as_mask(self) -> Tensor:
-        """(1, 1, R, L): the columns, by whose place in memory `attention` finds the rest: on the way there DeepSpeed
+        """(1, 1, 1, P): the columns, by whose place in memory `attention` finds the rest: on the way there DeepSpeed
         may make another tensor of it."""
-        return self.columns[None, None]
+        return self.columns[None, None, None]
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(1, H, N, D) -> (R, H, L, D)."""
-        return _Spread.apply(x[0].transpose(0, 1), self).transpose(1, 2)
+    def spread(self, x: Tensor) -> list[Tensor]:
+        """(1, H, N, D) -> (R, H, L, D) of each group."""
+        parts = _Spread.apply(x[0].transpose(0, 1), self).split([rows * length for rows, length in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def collect(self, x: Tensor) -> Tensor:
-        """(R, L, H, D) -> (1, N, H, D)."""
-        return _Collect.apply(x, self)[None]
+    def collect(self, parts: list[Tensor]) -> Tensor:
+        """(R, L, H, D) of each group -> (1, N, H, D)."""
+        return _Collect.apply(torch.cat([part.flatten(0, 1) for part in parts]), self)[None]
 
 
 class _Spread(torch.autograd.Function):
+    """(N, H, D) -> (P, H, D)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        return x.index_select(0, rows.columns.flatten()).view(*rows.columns.shape, *x.shape[1:])
+        return x.index_select(0, rows.columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        flat, rows = gradient.flatten(0, 1), ctx.rows
-        result = flat.index_select(0, rows.places)
+        rows = ctx.rows
+        result = gradient.index_select(0, rows.places)
         if len(rows.more_places):
-            result.index_add_(0, rows.more_columns, flat.index_select(0, rows.more_places))
+            result.index_add_(0, rows.more_columns, gradient.index_select(0, rows.more_places))
         return result, None
 
 
 class _Collect(torch.autograd.Function):
+    """(P, H, D) -> (N, H, D)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
         ctx.rows, ctx.shape = rows, x.shape
-        return x.flatten(0, 1).index_select(0, rows.places)
+        return x.index_select(0, rows.places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        result = gradient.new_zeros(ctx.shape)
-        result.flatten(0, 1).index_copy_(0, ctx.rows.places, gradient)
-        return result, None
+        return gradient.new_zeros(ctx.shape).index_copy_(0, ctx.rows.places, gradient), None
 
 
 def use_fast_attention(model: PreTrainedModel) -> None:
@@ -108,9 +113,9 @@ def attention(
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         rows = _of_mask[attention_mask.data_ptr()]
         rows.num_uses += 1
-        query, key, value = (rows.spread(x) for x in (query, key, value))
-        result, _ = attention(module, query, key, value, None, dropout, scaling, True, **options)
-        return rows.collect(result), None
+        groups = zip(rows.spread(query), rows.spread(key), rows.spread(value), strict=True)
+        parts = [attention(module, q, k, v, None, dropout, scaling, True, **options)[0] for q, k, v in groups]
+        return rows.collect(parts), None
     in_bf16_on_cpu = query.is_cpu and query.dtype == key.dtype == value.dtype == torch.bfloat16
     is_plain = dropout == 0.0 and all(options.get(name) is None for name in ("softcap", "position_bias", "s_aux"))
     masked = attention_mask is not None and attention_mask.dtype == torch.bool

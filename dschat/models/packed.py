@@ -12,9 +12,13 @@ from typing import Any
 from dschat.models.attention import NAME, Rows
 from dschat.models.forward import attends_to_all, model_inputs, takes_positions
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+# What a group of rows costs beyond its attention, in pairs of tokens; on a GPU an estimate.
+_GROUP_ON_CPU, _GROUP_ON_GPU = 2.0**14, 2.0**20
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, begins_like: Tensor | None =
             Those that are the same are computed once, in the other row; which must be one that is like itself.
     """
     mask = attention_mask.bool()
-    num_rows, lengths = len(mask), mask.sum(1)
-    size = int(lengths.max())
+    lengths = mask.sum(1)
+    num_rows, host_lengths = len(mask), np.array(lengths.clamp(min=1).tolist())
+    size = int(host_lengths.max())
     places = torch.arange(size, device=mask.device)[None]  # of a token in its row
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]  # in each row: its tokens, then padding
     ids = input_ids.gather(1, order)
@@ -119,11 +124,16 @@ def pack(input_ids: Tensor, attention_mask: Tensor, begins_like: Tensor | None =
     starts = (own.cumsum(0) - own)[:, None]
     is_own, is_shared = (places >= shared[:, None]) & (places < lengths[:, None]), places < shared[:, None]
     columns = torch.where(is_shared, starts[other] + places, (starts + places - shared[:, None]) * is_own)
-    own_places, shared_places = (which.flatten().nonzero().squeeze(1) for which in (is_own, is_shared))
-    rows = Rows(columns, own_places, shared_places, columns.flatten()[shared_places])
+    own_at, shared_at = (which.flatten().nonzero().squeeze(1) for which in (is_own, is_shared))
+    groups = _groups(host_lengths, _GROUP_ON_GPU if mask.is_cuda else _GROUP_ON_CPU)
+    shapes = tuple((len(group), int(host_lengths[group].max())) for group in groups)
+    spread = [columns[group.to(mask.device), :length] for group, (_, length) in zip(groups, shapes, strict=True)]
+    in_groups = (_first_places(groups, shapes).to(mask.device)[:, None] + places).flatten()
+    at_places = torch.cat([part.flatten() for part in spread])
+    rows = Rows(shapes, at_places, in_groups[own_at], in_groups[shared_at], columns.flatten()[shared_at])
     return Packed(
-        ids.flatten()[own_places][None],
-        places.expand(num_rows, -1).flatten()[own_places][None],
+        ids.flatten()[own_at][None],
+        places.expand(num_rows, -1).flatten()[own_at][None],
         rows,
         torch.zeros_like(input_ids).scatter(1, order, columns),
     )
@@ -135,3 +145,32 @@ def _num_shared(ids: Tensor, lengths: Tensor, other: Tensor) -> Tensor:
     is_whole = other == rows
     equal = (ids == ids[other]) & (places < torch.minimum(lengths, lengths[other])[:, None])
     return equal.int().cumprod(1).sum(1) * (~is_whole & is_whole[other])
+
+
+def _groups(lengths: np.ndarray, cost: float) -> list[Tensor]:
+    """Rows, by their lengths, in groups that are padded to their longest: those at which attention has least to do.
+
+    A group of R rows costs R L^2, its pairs of tokens, and ``cost``. Of rows from the longest to the shortest the best
+    groups are runs, found end by end (dynamic programming).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    pairs, number = lengths[order].astype(float) ** 2, len(lengths)
+    least, start = np.zeros(number + 1), np.zeros(number + 1, dtype=int)
+    for end in range(1, number + 1):
+        costs = least[:end] + pairs[:end] * np.arange(end, 0, -1) + cost
+        start[end] = costs.argmin()
+        least[end] = costs[start[end]]
+    groups, end = [], number
+    while end:
+        groups.append(torch.from_numpy(order[start[end] : end]))
+        end = start[end]
+    return groups[::-1]
+
+
+def _first_places(groups: list[Tensor], shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """(B,): the place of the first token of each row, where groups and their rows are laid end to end."""
+    found, size = torch.empty(sum(map(len, groups)), dtype=torch.int64), 0
+    for group, (num_rows, length) in zip(groups, shapes, strict=True):
+        found[group] = size + length * torch.arange(num_rows)
+        size += num_rows * length
+    return found
