@@ -55,3 +55,12 @@ def ragged_prompts(tokenizer, sizes=(3, 9, 6, 1)) -> tuple[torch.Tensor, torch.T
     for row, size in enumerate(sizes):
         mask[row, max(sizes) - size :] = True
     return torch.where(mask, ids, tokenizer.pad_token_id), mask
+
+
+def count_tokens(model) -> list[int]:
+    """Those of each forward of a Hugging Face model to come."""
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, options: sizes.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    return sizes

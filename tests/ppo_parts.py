@@ -1,11 +1,14 @@
 """What the tests of step 3 share: small engines, ragged rollouts, experiences with holes and rows without a score."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, get_ident
 from typing import Any
 
 from dschat.engine.deepspeed_engine import TrainSpec, create_frozen_model, create_train_engine
 from dschat.engine.distributed import Runtime
+from dschat.models.attention import use_fast_attention
+from dschat.models.load import disable_dropout
 from dschat.models.scorer import Scorer
 from dschat.rlhf.experience import Experience, Shaping, add_advantages, score_rollout
 from dschat.rlhf.ppo_trainer import UpdateSpec
@@ -54,18 +57,17 @@ def moved(model, by: float, seed: int = 1):
     return model
 
 
+def as_loaded(model):
+    """As step 3 loads its models: without dropout, in our attention."""
+    disable_dropout(model)
+    use_fast_attention(model.model if isinstance(model, Scorer) else model)
+    return model
+
+
 def plain_models(family: str, tokenizer) -> RLHFEngine:
     """Three different models without an optimizer, so that none can stand in for another."""
-    actor, ref = tiny_model(family, tokenizer), moved(tiny_model(family, tokenizer), 0.02)
-    return RLHFEngine(actor, tiny_scorer(family, tokenizer, 2, 0.5, 2.0), ref, actor)
-
-
-def no_dropout(model):
-    """As step 3 loads its models."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
+    actor, ref = as_loaded(tiny_model(family, tokenizer)), as_loaded(moved(tiny_model(family, tokenizer), 0.02))
+    return RLHFEngine(actor, as_loaded(tiny_scorer(family, tokenizer, 2, 0.5, 2.0)), ref, actor)
 
 
 def trained_models(
@@ -81,9 +83,9 @@ def trained_models(
     """An engine that can be trained. ``drift`` moves the reference away from the actor."""
     given: dict[str, Any] = {"max_grad_norm": 0.0, "weight_decay": 0.0, "lr_scheduler_type": "constant"} | spec
     train = TrainSpec(learning_rate=rate, num_warmup_steps=0, num_steps=10, zero_stage=stage, **given)
-    actor = no_dropout(tiny_model(family, tokenizer))
-    reference = moved(no_dropout(tiny_model(family, tokenizer)), drift)
-    critic = no_dropout(tiny_scorer(family, tokenizer, 2, 0.5, 2.0))
+    actor = as_loaded(tiny_model(family, tokenizer))
+    reference = moved(as_loaded(tiny_model(family, tokenizer)), drift)
+    critic = as_loaded(tiny_scorer(family, tokenizer, 2, 0.5, 2.0))
     options: dict[str, Any] = {"dtype": FP32, "runtime": runtime}
     frozen_stage = 3 if stage == 3 else 0
     return RLHFEngine(
@@ -107,6 +109,15 @@ def rollout_of(actor, tokenizer, sampling: Sampling, seed: int = 4) -> Rollout:
     rollout = generate(actor, *ragged_prompts(tokenizer, SIZES), sampling, uniforms, **ends(tokenizer))
     assert len(set(rollout.response_mask.sum(1).tolist())) >= 3
     return rollout
+
+
+def with_few_prompts(batch):
+    """The answers of `rollout_of` as if they had been given to three prompts, of 9, 6 and 6 tokens, in turns."""
+    batch = dataclasses.replace(batch)
+    picked = [1, 2, 2, 1, 2, 2]
+    batch.input_ids, batch.attention_mask = batch.input_ids[picked], batch.attention_mask[picked]
+    batch.input_ids[[2, 5], -1] += 1  # the third prompt is the second one but for its last token
+    return batch
 
 
 SCORES = torch.tensor([1.5, -0.75, 7.0, 0.25, -6.0, 2.0])
@@ -180,7 +191,7 @@ def made_up(lengths, finished, seed=0, size=None, holes=False) -> Experience:
 
     logprobs, ref_logprobs = -numbers().abs(), -numbers().abs()
     return Experience(
-        input_ids=torch.ones(len(lengths), 2, dtype=torch.int64),
+        input_ids=torch.arange(len(lengths))[:, None].expand(-1, 2),  # different prompts
         attention_mask=torch.ones(len(lengths), 2, dtype=torch.bool),
         response_ids=torch.where(response_mask, torch.randint(2, 6, mask.shape, generator=generator), 0),
         response_mask=response_mask,

@@ -10,11 +10,15 @@ from dschat.rlhf.experience import (
     Experience,
     add_advantages,
     gather_experience,
+    parts_of,
     policy_logits,
     response_values,
+    same_prompts,
     score_rollout,
+    sizes_of,
 )
 from dschat.rlhf.rollout import Sampling
+from tests.families import count_tokens
 from tests.ppo_parts import (
     ALONE,
     PER_ACTION,
@@ -22,9 +26,11 @@ from tests.ppo_parts import (
     SIZES,
     TwoRanks,
     few_tokens,
+    made_up,
     plain_models,
     rollout_of,
     shaping,
+    with_few_prompts,
     with_holes,
 )
 
@@ -158,6 +164,37 @@ def test_the_size_of_micro_batches_changes_nothing_and_nothing_needs_a_gradient(
     assert experience.action_mask.equal(rollout.response_mask) and experience.scored.all()
     assert experience.scores.equal(SCORES)
     assert experience.sampler_logprobs.equal(rollout.logprobs) and len(experience) == len(SIZES)
+
+
+def test_a_prompt_is_computed_once_for_its_answers_in_a_micro_batch(tokenizer, sampled):
+    engine = plain_models("llama", tokenizer)
+    rollout, sampling = with_few_prompts(sampled[0]), sampled[1]
+    expected = scored(engine, rollout, sampling, micro_batch_size=1)
+    sizes = [count_tokens(model) for model in (engine.actor, engine.ref, engine.critic.model.base_model)]
+    found = scored(engine, rollout, sampling, micro_batch_size=6)
+    assert sizes == [[9 + 6 + 6 + int(rollout.response_mask.sum())]] * 3
+    for name in SCORED:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+def test_answers_to_one_prompt_are_neighbours_in_micro_batches():
+    """Prompts by their longest answer; a prompt's answers in their order; where there is one each, by length."""
+    sizes = [[2, 9, 0], [3, 1, 1], [2, 1, 0], [3, 4, 1], [5, 3, 2], [3, 5, 3], [3, 1, 1]]
+    assert parts_of(sizes, range(7), 7, 0) == [[1, 3, 6, 4, 5, 0, 2]]
+    assert parts_of(sizes, [6, 3, 5, 2], 2, 0) == [[2, 6], [3, 5]]
+    alone = [[2, size, number] for number, size in enumerate([5, 2, 9, 2, 1])]
+    assert parts_of(alone, [3, 1, 2, 4, 0], 5, 0) == [[4, 3, 1, 0, 2]]
+
+
+def test_prompts_are_told_apart_by_all_of_their_tokens():
+    experience = made_up([1, 1, 1, 1, 1], [True] * 5)
+    experience.input_ids = torch.tensor([[7, 7], [7, 7], [8, 7], [7, 8], [7, 7]])
+    assert same_prompts(experience).tolist() == [0, 0, 2, 3, 4]  # of neighbours only
+    prompts = [row[2] for row in sizes_of(experience)]
+    assert prompts[0] == prompts[1] == prompts[4] and len(set(prompts)) == 3
+    experience.attention_mask = torch.tensor([[False, True]] + [[True, True]] * 4)  # pads may be tokens elsewhere
+    assert same_prompts(experience).tolist() == [0, 1, 2, 3, 4]
+    assert len({row[2] for row in sizes_of(experience)}) == 4
 
 
 def test_holes_and_a_row_without_a_score(engine, sampled, experience):

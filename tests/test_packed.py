@@ -11,7 +11,7 @@ from dschat.models.packed import _groups, can_pack, on_tokens, pack, token_logit
 from dschat.models.rankings import ranking_scores
 from dschat.models.scorer import Scorer
 from dschat.rlhf.answer_logprobs import score_answers
-from tests.families import FAMILIES, tiny_config, tiny_model
+from tests.families import FAMILIES, count_tokens, tiny_config, tiny_model
 
 import numpy as np
 import pytest
@@ -51,15 +51,6 @@ def ragged(tokenizer, gaps: bool = False):
 def plain_logits(model, ids, mask, wanted):
     """Of a model in Hugging Face's own attention, on padded rows."""
     return model(**model_inputs(model, ids, mask)).logits[:, :-1][wanted[:, 1:]]
-
-
-def count_tokens(model):
-    """The numbers of tokens that each forward of the model gets."""
-    sizes = []
-    model.register_forward_pre_hook(
-        lambda _, args, options: sizes.append(options["input_ids"].numel()), with_kwargs=True
-    )
-    return sizes
 
 
 def gradients(model, loss) -> list[torch.Tensor]:

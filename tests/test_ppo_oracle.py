@@ -34,7 +34,7 @@ class Policy(nn.Module):
 
 
 class Critic(Policy):
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, begins_like=None):
         return (torch.tanh(self.embed[input_ids]) @ self.head)[..., 0]
 
 

@@ -27,6 +27,7 @@ from tests.ppo_parts import (
     trained_models,
     update_spec,
     weights,
+    with_few_prompts,
 )
 
 import pytest
@@ -114,14 +115,14 @@ def off_policy(experience: Experience) -> Experience:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 6])
-@pytest.mark.parametrize("kind", ["on policy", "off policy", "holes"])
+@pytest.mark.parametrize("kind", ["on policy", "off policy", "holes", "few prompts"])
 def test_an_update_is_that_of_one_plain_batch(tokenizer, runtime, micro_batch_size, kind):
     """Gradients, losses, and the weights after a step of AdamW; ragged rows, ragged last micro-batch."""
     engine = trained_models(tokenizer, runtime)
     sampling = sampling_for(engine, tokenizer)
     experience = experience_of(engine, tokenizer, sampling, holes=kind == "holes")
     if kind != "on policy":
-        experience = off_policy(experience)
+        experience = off_policy(with_few_prompts(experience) if kind == "few prompts" else experience)
     expected, policy_loss, value_loss, clip_fraction, k3 = naive_step(
         engine, experience, TEMPERATURE, list(sampling.banned_ids)
     )

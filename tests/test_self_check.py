@@ -243,7 +243,7 @@ class WithoutMask(nn.Module):
         super().__init__()
         self.scorer = scorer
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, begins_like=None):
         return self.scorer(input_ids, torch.ones_like(attention_mask))
 
 
@@ -254,7 +254,7 @@ def test_a_critic_that_ignores_its_mask(fresh, tokenizer):
     with pytest.raises(RuntimeError, match="padding changes a value by .* does not honour its mask"):
         check_critic_padding(WithoutMask(engine.critic), experience, pad, FP32)
     with pytest.raises(RuntimeError, match="padding changes a value"):
-        check_critic_padding(lambda ids, mask: engine.critic(ids, mask) * math.nan, experience, pad, FP32)
+        check_critic_padding(lambda ids, mask, *_: engine.critic(ids, mask) * math.nan, experience, pad, FP32)
 
 
 def test_a_reward_model_that_ignores_its_mask(fresh, tokenizer):
@@ -279,7 +279,7 @@ def test_only_values_of_real_states_are_compared(fresh, tokenizer):
     """At padding a critic may say what it likes."""
     engine, _, experience = fresh
 
-    def careless(ids, mask):
+    def careless(ids, mask, *_):
         return torch.where(mask.bool(), engine.critic(ids, mask), float(ids.shape[1]))
 
     few = experience.rows(slice(0, 4))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_rows
@@ -91,16 +92,21 @@ def take_rows(batch: Rows, index: torch.Tensor | slice | list[int]) -> Rows:
 
 
 def sizes_of(batch: Rollout | Experience) -> list[list[int]]:
-    """[tokens of the prompt, of the response] of each row."""
-    return torch.stack([batch.attention_mask.sum(1), batch.response_mask.sum(1)], 1).tolist()
+    """[tokens of the prompt, of the response, number of the prompt: the same for rows with the same] of each row."""
+    _, prompts = _prompts(batch).unique(dim=0, return_inverse=True)
+    return torch.stack([batch.attention_mask.sum(1), batch.response_mask.sum(1), prompts], 1).tolist()
 
 
 def parts_of(sizes: list[list[int]], rows: Iterable[int], max_rows: int, max_tokens: int) -> list[list[int]]:
-    """``rows`` of a batch of these `sizes_of`, those of similar length together, in parts of at most ``max_rows`` rows
-    and ``max_tokens`` tokens with the padding that `take_rows` leaves; 0: no limit of tokens. A row that is larger by
-    itself stands alone."""
+    """``rows`` of a batch of these `sizes_of`, those of similar length together and those of one prompt next to each
+    other, in parts of at most ``max_rows`` rows and ``max_tokens`` tokens with the padding that `take_rows` leaves; 0:
+    no limit of tokens. A row that is larger by itself stands alone."""
+    by_prompt: dict[int, list[int]] = {}
+    for row in rows:
+        by_prompt.setdefault(sizes[row][2], []).append(row)
+    groups = sorted(by_prompt.values(), key=lambda group: max(sum(sizes[row][:2]) for row in group))
     parts: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: sum(sizes[row])):
+    for row in chain(*groups):
         grown = [*parts[-1], row] if parts else [row]
         width = sum(max(sizes[each][side] for each in grown) for side in (0, 1))
         if not parts or len(grown) > max_rows or (max_tokens and len(grown) * width > max_tokens):
@@ -108,6 +114,19 @@ def parts_of(sizes: list[list[int]], rows: Iterable[int], max_rows: int, max_tok
         else:
             parts[-1] = grown
     return parts
+
+
+def _prompts(batch: Rollout | Experience) -> torch.Tensor:
+    """(B, P) ids, -1 at padding."""
+    return torch.where(batch.attention_mask, batch.input_ids, -1)
+
+
+def same_prompts(batch: Rollout | Experience) -> torch.Tensor:
+    """(B,): for each row the first one of its neighbours with the same prompt, which `pack` then computes once."""
+    prompts = _prompts(batch)
+    rows = torch.arange(len(prompts), device=prompts.device)
+    rows[1:] *= (prompts[1:] != prompts[:-1]).any(1)
+    return rows.cummax(0).values
 
 
 def sequences(batch: Rollout | Experience) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +141,7 @@ def policy_logits(model: nn.Module, engine: RLHFEngine, batch: Rollout | Experie
     ids, mask = sequences(batch)
     wanted = mask.clone()
     wanted[:, : batch.input_ids.shape[1]] = False
-    return token_logits(model, engine.family, ids, mask, wanted)
+    return token_logits(model, engine.family, ids, mask, wanted, same_prompts(batch))
 
 
 def policy_logprobs(logits: torch.Tensor, batch: Rollout | Experience, sampling: Sampling) -> torch.Tensor:
@@ -135,7 +154,7 @@ def response_values(critic: nn.Module, batch: Rollout | Experience) -> torch.Ten
     """(B, R + 1): the critic's value of the state before each action, that is at the token before it; then of the
     state after the last column, which is the state after the last token where a response has no padding."""
     ids, mask = sequences(batch)
-    return critic(ids, mask)[:, batch.input_ids.shape[1] - 1 :]
+    return critic(ids, mask, same_prompts(batch))[:, batch.input_ids.shape[1] - 1 :]
 
 
 @torch.no_grad()
@@ -153,7 +172,7 @@ def score_rollout(
     memory: MicroBatches | None = None,
 ) -> Experience:
     """Ask actor, reference and critic about a rollout that has been scored, all in eval mode, in micro-batches of
-    responses of similar length.
+    responses of similar length, those to one prompt together.
 
     Args:
         scores: (B,) as in `Experience`, and ``action_mask`` (B, R).
