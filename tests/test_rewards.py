@@ -10,12 +10,13 @@ from dschat.data.tokenizer import load_tokenizer, train_tokenizer
 from dschat.engine.deepspeed_engine import create_frozen_model
 from dschat.engine.distributed import init_runtime
 from dschat.errors import UserError
+from dschat.models.attention import use_fast_attention
 from dschat.models.scorer import Scorer, score_token_ids
 from dschat.rlhf.reward_sources import FullReward, FunctionReward, encode_response, same_encoding, span_mask
 from dschat.rlhf.reward_specs import RewardSpec, parse_reward
 from dschat.rlhf.rewards import CombinedReward, Judged, Samples, Scores, reward_metrics, write_repro
 from tests.conftest import SENTENCES
-from tests.families import tiny_config
+from tests.families import count_tokens, tiny_config
 
 import pytest
 import tokenizers
@@ -208,6 +209,21 @@ def test_answers_that_memory_has_no_room_for_are_scored_in_smaller_portions(toke
     assert source(samples).scores == pytest.approx(expected, abs=1e-5)
     assert sizes[0] == len(samples.token_ids) and sizes[-len(samples.token_ids) :] == [1] * len(samples.token_ids)
     assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_prompt_is_computed_once_for_its_answers_in_a_micro_batch(tokenizer, samples):
+    model, few = classifier(tokenizer), copy.deepcopy(samples)
+    use_fast_attention(model)
+    size, prompt = few.prompt_lens[0], few.token_ids[0][: few.prompt_lens[0]]
+    for row in (2, 4):  # the first prompt's too
+        few.token_ids[row] = prompt + [40 + row] + few.token_ids[row][few.prompt_lens[row] :]
+        few.prompts[row], few.messages[row], few.prompt_lens[row] = few.prompts[0], few.messages[0], size
+    expected = [plain_score(model, ids) for ids in few.token_ids]
+    num_tokens, sizes = sum(map(len, few.token_ids)), count_tokens(model.base_model)
+    assert full(model, tokenizer, tokenizer, 5)(few).scores == pytest.approx(expected, abs=1e-6)
+    few.prompts[2] = few.prompts[4] = "another"  # they share it with each other, wherever that prompt is
+    assert full(model, tokenizer, tokenizer, 5)(few).scores == pytest.approx(expected, abs=1e-6)
+    assert sizes == [num_tokens - 2 * size, num_tokens - size]
 
 
 def test_a_model_sharded_by_deepspeed_scores_the_same(tokenizer, samples):

@@ -5,8 +5,9 @@ into rows, padded on the right, where being causal is all the masking that they 
 knows them by a mask of whole numbers, which Hugging Face's models hand through as they hand through any 4D mask.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from dschat.models.attention import NAME, Rows
@@ -137,6 +138,22 @@ def pack(input_ids: Tensor, attention_mask: Tensor, begins_like: Tensor | None =
         rows,
         torch.zeros_like(input_ids).scatter(1, order, columns),
     )
+
+
+def by_prompt(rows: Iterable[int], prompts: Sequence[Hashable], lengths: Sequence[int]) -> list[int]:
+    """``rows``, in an order in which they make good batches: those with the same prompt next to each other, prompts by
+    their longest row."""
+    groups: dict[Hashable, list[int]] = {}
+    for row in rows:
+        groups.setdefault(prompts[row], []).append(row)
+    return list(chain(*sorted(groups.values(), key=lambda group: max(lengths[row] for row in group))))
+
+
+def neighbours(is_same: Tensor) -> Tensor:
+    """(B - 1,) bool: whether a row has the prompt of the one before it -> (B,) the ``begins_like`` of `pack`."""
+    rows = torch.arange(len(is_same) + 1, device=is_same.device)
+    rows[1:] *= ~is_same
+    return rows.cummax(0).values
 
 
 def _num_shared(ids: Tensor, lengths: Tensor, other: Tensor) -> Tensor:

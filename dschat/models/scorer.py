@@ -2,15 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dschat.data.templates import encode_answers
 from dschat.data.tokenizer import load_tokenizer
 from dschat.errors import UserError
-from dschat.models.packed import token_values
+from dschat.models.packed import neighbours, token_values
 
 import torch
 from safetensors import SafetensorError
@@ -71,7 +72,12 @@ def last_token_values(values: torch.Tensor, attention_mask: torch.Tensor) -> tor
 
 @torch.no_grad()
 def score_token_ids(
-    model: nn.Module, rows: Sequence[list[int]], pad_token_id: int, micro_batch_size: int, device: torch.device
+    model: nn.Module,
+    rows: Sequence[list[int]],
+    pad_token_id: int,
+    micro_batch_size: int,
+    device: torch.device,
+    prompts: Sequence[Hashable] | None = None,
 ) -> list[float]:
     """The value at the last token of each row, in eval mode, in which ``model`` stays.
 
@@ -82,6 +88,7 @@ def score_token_ids(
         model: a `Scorer` or a DeepSpeed engine around one. At ZeRO 3 a call is a collective: every rank must bring
             equally many rows.
         rows: token ids without padding, at least one each.
+        prompts: of each row; what neighbours with equal ones have in common is computed once in a micro-batch.
 
     Raises:
         ValueError: a row without tokens, which has no last one.
@@ -95,7 +102,12 @@ def score_token_ids(
         input_ids = pad_sequence(part, batch_first=True, padding_value=pad_token_id).to(device)
         lengths = torch.tensor([len(row) for row in part], device=device)
         mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
-        parts.append(last_token_values(model(input_ids, mask), mask))
+        options = {}
+        if prompts is not None:
+            of_part = prompts[start : start + micro_batch_size]
+            is_same = [one == other for one, other in pairwise(of_part)]
+            options["begins_like"] = neighbours(torch.tensor(is_same, dtype=torch.bool, device=device))
+        parts.append(last_token_values(model(input_ids, mask, **options), mask))
     return torch.cat(parts).tolist() if parts else []
 
 

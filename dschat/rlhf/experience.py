@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, TypeVar
 
 from dschat.engine.distributed import Runtime, all_reduce_max, gather_rows
@@ -23,7 +22,7 @@ from dschat.functional import (
     shape_rewards,
     token_logprobs,
 )
-from dschat.models.packed import on_tokens, token_logits
+from dschat.models.packed import by_prompt, neighbours, on_tokens, token_logits
 from dschat.rlhf.rlhf_engine import RLHFEngine
 from dschat.rlhf.rollout import Rollout, tokens_of
 from dschat.rlhf.specs import FORWARD, GAE, SAMPLER, Sampling, Shaping
@@ -101,12 +100,9 @@ def parts_of(sizes: list[list[int]], rows: Iterable[int], max_rows: int, max_tok
     """``rows`` of a batch of these `sizes_of`, those of similar length together and those of one prompt next to each
     other, in parts of at most ``max_rows`` rows and ``max_tokens`` tokens with the padding that `take_rows` leaves; 0:
     no limit of tokens. A row that is larger by itself stands alone."""
-    by_prompt: dict[int, list[int]] = {}
-    for row in rows:
-        by_prompt.setdefault(sizes[row][2], []).append(row)
-    groups = sorted(by_prompt.values(), key=lambda group: max(sum(sizes[row][:2]) for row in group))
+    prompts, lengths = [size[2] for size in sizes], [sum(size[:2]) for size in sizes]
     parts: list[list[int]] = []
-    for row in chain(*groups):
+    for row in by_prompt(rows, prompts, lengths):
         grown = [*parts[-1], row] if parts else [row]
         width = sum(max(sizes[each][side] for each in grown) for side in (0, 1))
         if not parts or len(grown) > max_rows or (max_tokens and len(grown) * width > max_tokens):
@@ -124,9 +120,7 @@ def _prompts(batch: Rollout | Experience) -> torch.Tensor:
 def same_prompts(batch: Rollout | Experience) -> torch.Tensor:
     """(B,): for each row the first one of its neighbours with the same prompt, which `pack` then computes once."""
     prompts = _prompts(batch)
-    rows = torch.arange(len(prompts), device=prompts.device)
-    rows[1:] *= (prompts[1:] != prompts[:-1]).any(1)
-    return rows.cummax(0).values
+    return neighbours((prompts[1:] == prompts[:-1]).all(1))
 
 
 def sequences(batch: Rollout | Experience) -> tuple[torch.Tensor, torch.Tensor]:

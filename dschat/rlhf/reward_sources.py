@@ -22,6 +22,7 @@ from dschat.engine.distributed import Runtime
 from dschat.engine.micro_batches import MicroBatches
 from dschat.errors import UserError
 from dschat.models.load import max_positions
+from dschat.models.packed import by_prompt
 from dschat.models.scorer import Scorer, padding_gap, score_token_ids
 from dschat.rlhf.rewards import Judged, Samples
 
@@ -44,7 +45,7 @@ class FullReward:
         model: a `Scorer` or a DeepSpeed engine around one. At ZeRO 3 a call is a collective, with equally many
             responses on every rank.
         tokenizer: of the reward model.
-        micro_batch_size: responses scored at once, those of similar length together.
+        micro_batch_size: responses scored at once, those of similar length and to one prompt together.
         memory: halves that where it runs out; default: of one rank.
     """
 
@@ -71,13 +72,13 @@ class FullReward:
     def __call__(self, samples: Samples) -> Judged:
         rows, fits = self._rows(samples)
         assert self.tokenizer.pad_token_id is not None
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        by_length = [rows[i] for i in order]
+        order = by_prompt(range(len(rows)), samples.prompts, [len(row) for row in rows])
+        ordered, prompts = [rows[i] for i in order], [samples.prompts[i] for i in order]
         pad_token_id = self.tokenizer.pad_token_id
 
         def ask() -> list[float]:
             size = self.memory.rows(self.micro_batch_size)
-            return score_token_ids(self.model, by_length, pad_token_id, size, self.device)
+            return score_token_ids(self.model, ordered, pad_token_id, size, self.device, prompts)
 
         found = self.memory.ask(ask)
         scores = dict(zip(order, found, strict=True))
