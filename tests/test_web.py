@@ -54,16 +54,8 @@ def texts(page, selector):
 def test_open_send_stream_vote_and_reload(page, chat_server):
     assert page.title() == "dschat"
     assert texts(page, "#left option") == ["policy", "script"] and page.input_value("#right") == "script"
-    page.evaluate(
-        """() => { window.lengths = [];
-        new MutationObserver(() => { const text = document.querySelectorAll(".text")[0];
-            if (text) window.lengths.push(text.textContent.length); })
-        .observe(document.getElementById("turns"), {childList: true, subtree: true, characterData: true}); }"""
-    )
     before = len(chat_server.records())
     send(page, "tell me a short story please")
-    grown = page.evaluate("window.lengths")
-    assert len({size for size in grown if 0 < size < max(grown)}) > 0, "the answer comes in pieces"
     assert texts(page, ".name") == ["policy", "script"] and len(texts(page, ".score")) >= 1
     left = texts(page, ".text")[0]
     page.get_by_role("button", name="Left is better").click()
@@ -79,6 +71,23 @@ def test_open_send_stream_vote_and_reload(page, chat_server):
     assert len(texts(page, ".turn")) == 2
     page.get_by_role("button", name="New chat").click()
     assert texts(page, ".turn") == []
+
+
+def test_an_answer_comes_in_pieces(page):
+    page.evaluate(
+        """() => { window.lengths = [];
+        new MutationObserver(() => { const text = document.querySelectorAll(".text")[0];
+            if (text) window.lengths.push(text.textContent.length); })
+        .observe(document.getElementById("turns"), {childList: true, subtree: true, characterData: true}); }"""
+    )
+    pieces: set[int] = set()
+    for _ in range(5):  # a busy browser may get the whole of so short an answer at once
+        page.get_by_role("button", name="New chat").click()
+        page.evaluate("window.lengths = []")
+        send(page, "tell me a short story please")
+        grown = page.evaluate("window.lengths")
+        pieces |= {size for size in grown if 0 < size < max(grown)}
+    assert pieces
 
 
 def test_a_blind_comparison_tells_no_name_before_the_vote(page, chat_server):
