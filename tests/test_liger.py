@@ -10,6 +10,7 @@ from dschat.engine.distributed import init_runtime
 from dschat.engine.specs import TrainSpec
 from dschat.errors import UserError
 from dschat.models import liger
+from dschat.models.activations import use_fused_gelu
 from dschat.models.attention import use_fast_attention
 from dschat.models.liger import Fused, apply_liger, require_liger
 from dschat.models.packed import token_logits
@@ -168,6 +169,18 @@ def test_on_a_gpu_the_kernels_compute_and_elsewhere_the_model_does(package, toke
         found = forward_and_backward(model, tokenizer)
         assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in zip(found, expected, strict=True))
     assert (package.norms, package.rotations) == (10, 4)
+
+
+def test_a_forward_that_liger_did_not_set_stays(package, tokenizer):
+    config = tiny_config("llama", tokenizer)
+    config.hidden_act = "gelu_new"
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    use_fused_gelu(model)
+    layers = [layer.mlp.act_fn for layer in model.model.layers]
+    before = [layer.forward.__func__ for layer in layers]
+    apply_liger(model)
+    assert kernels(model) == 5  # the norms
+    assert [layer.forward.__func__ for layer in layers] == before
 
 
 def test_a_second_model_of_the_family_and_one_that_is_made_later(package, tokenizer, on_gpu):

@@ -169,12 +169,13 @@ def test_groups_are_those_at_which_attention_has_least_to_do():
 
 
 @pytest.fixture
-def batch(tokenizer):
+def ids(tokenizer):
     generator = torch.Generator().manual_seed(1)
+    return lambda size: torch.randint(4, len(tokenizer), (size,), generator=generator).tolist()
 
-    def ids(size):
-        return torch.randint(4, len(tokenizer), (size,), generator=generator).tolist()
 
+@pytest.fixture
+def batch(tokenizer, ids):
     rows = []
     for prompt_len, chosen, rejected in zip(PROMPTS, CHOSEN, REJECTED, strict=True):
         prompt = ids(prompt_len)
@@ -218,12 +219,7 @@ RANKED = ((5, 3, 1), (4,), (2, 6))  # tokens of the answers to each prompt
 
 
 @pytest.fixture
-def rankings(tokenizer):
-    generator = torch.Generator().manual_seed(2)
-
-    def ids(size):
-        return torch.randint(4, len(tokenizer), (size,), generator=generator).tolist()
-
+def rankings(tokenizer, ids):
     rows = []
     for prompt_len, sizes in zip(PROMPTS, RANKED, strict=False):
         prompt, ranks = ids(prompt_len), list(range(1, len(sizes) + 1))

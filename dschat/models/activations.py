@@ -17,7 +17,7 @@ def use_fused_gelu(model: nn.Module) -> None:
     once, where bf16 was rounded at each operation; the backward pass keeps x alone. Classes, config and saved files
     stay what they are. A model built anew from the config has the plain layers.
     """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, _WRITTEN_OUT)]
+    layers: list[Any] = [module for module in model.modules() if type(module) in _WRITTEN_OUT]
     for layer in layers:
         layer.forward = MethodType(_fused, layer)
 

@@ -119,23 +119,24 @@ def pack(input_ids: Tensor, attention_mask: Tensor, begins_like: Tensor | None =
     places = torch.arange(size, device=mask.device)[None]  # of a token in its row
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]  # in each row: its tokens, then padding
     ids = input_ids.gather(1, order)
-    other = torch.arange(num_rows, device=mask.device) if begins_like is None else begins_like
-    shared = _num_shared(ids, lengths, other)
+    shared = torch.zeros_like(lengths) if begins_like is None else _num_shared(ids, lengths, begins_like)
     own = lengths - shared
     starts = (own.cumsum(0) - own)[:, None]
+    others = starts if begins_like is None else starts[begins_like]
     is_own, is_shared = (places >= shared[:, None]) & (places < lengths[:, None]), places < shared[:, None]
-    columns = torch.where(is_shared, starts[other] + places, (starts + places - shared[:, None]) * is_own)
+    columns = torch.where(is_shared, others + places, (starts + places - shared[:, None]) * is_own)
     own_at, shared_at = (which.flatten().nonzero().squeeze(1) for which in (is_own, is_shared))
     groups = _groups(host_lengths, _GROUP_ON_GPU if mask.is_cuda else _GROUP_ON_CPU)
     shapes = tuple((len(group), int(host_lengths[group].max())) for group in groups)
-    spread = [columns[group.to(mask.device), :length] for group, (_, length) in zip(groups, shapes, strict=True)]
     in_groups = (_first_places(groups, shapes).to(mask.device)[:, None] + places).flatten()
-    at_places = torch.cat([part.flatten() for part in spread])
-    rows = Rows(shapes, at_places, in_groups[own_at], in_groups[shared_at], columns.flatten()[shared_at])
+    first, more, of_more = in_groups[own_at], in_groups[shared_at], columns.flatten()[shared_at]
+    at_places = columns.new_zeros(sum(rows * length for rows, length in shapes))
+    at_places[first] = torch.arange(len(first), device=mask.device)
+    at_places[more] = of_more
     return Packed(
         ids.flatten()[own_at][None],
         places.expand(num_rows, -1).flatten()[own_at][None],
-        rows,
+        Rows(shapes, at_places, first, more, of_more),
         torch.zeros_like(input_ids).scatter(1, order, columns),
     )
 

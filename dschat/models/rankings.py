@@ -23,7 +23,7 @@ def ranking_scores(model: nn.Module, batch: Batch) -> torch.Tensor:
     """
     num_answers = batch["answer_mask"].sum(1)
     first = num_answers.cumsum(0) - num_answers  # sequence of each row
-    begins_like = first[batch["answer_mask"].nonzero()[:, 0]]
+    begins_like = first.repeat_interleave(num_answers, output_size=len(batch["input_ids"]))
     values = model(batch["input_ids"], batch["attention_mask"], begins_like)
     scores = last_token_values(values, batch["attention_mask"])
     return scores.new_zeros(batch["ranks"].shape).masked_scatter(batch["answer_mask"], scores)
