@@ -95,6 +95,7 @@ def open_chatbots(config: Config) -> "dict[str, Chatbot]":
         for name, path in zip(short_names(config.path), config.path, strict=True)
     }
     gc.freeze()  # as `run_program` does, before the libraries were there
+    gc.enable()
     return bots
 
 
@@ -136,6 +137,7 @@ def talk(config: Config) -> None:
 
 def main() -> None:
     config = parse_config(Config, doc=__doc__)
+    gc.disable()  # until the models are there: see `run_before_imports`
     if config.web or config.serve:
         from inference.serving import listen_safely, serve_models
 

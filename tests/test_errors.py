@@ -46,8 +46,14 @@ def test_a_rank_leaves_out_the_end_of_the_interpreter_and_nothing_else(world_siz
     assert ("mend it" in done.stderr) == (code == 2)
 
 
-def test_after_a_part_that_succeeds_the_program_goes_on():
-    for part, code, said in (("lambda: 3", 0, "on"), ("lambda: int('x')", 1, "")):
-        program = [sys.executable, "-c", f"from dschat.errors import run_part\nrun_part({part})\nprint('on')"]
-        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_after_a_part_that_succeeds_the_program_goes_on_without_the_collector_of_cycles_until_it_runs():
+    for part, code, said in (("lambda: 3", 0, "False True"), ("lambda: int('x')", 1, "")):
+        program = f"""
+import gc
+from dschat.errors import run_before_imports, run_program
+run_before_imports({part})
+print(gc.isenabled(), end=" ")
+run_program(lambda: print(gc.isenabled()))
+"""
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.strip()) == (code, said)

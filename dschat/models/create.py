@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dschat.config import flag, parse_config, require_positive, to_dict
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class Config:
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__))
+    run_before_imports(partial(parse_config, Config, doc=__doc__))
 
 from dschat.data.sources import load_examples
 from dschat.data.tokenizer import train_tokenizer

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.config import flag, parse_config, require_positive
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 from dschat.flags import TRUST_HELP, DataFlags
 from dschat.rlhf.reward_specs import KINDS, judge_spec
 from dschat.rlhf.specs import SLOTS, Sampling
@@ -50,7 +50,7 @@ class Config(DataFlags):
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__))
+    run_before_imports(partial(parse_config, Config, doc=__doc__))
 
 from dschat.data.prepare import load_rows
 from dschat.data.sources import load_stage_data

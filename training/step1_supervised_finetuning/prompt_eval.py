@@ -19,7 +19,7 @@ from typing import Any
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
 from dschat.data.specs import parse_source
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 from dschat.flags import REMOVED, EvaluationFlags
 from dschat.rlhf.reward_specs import TOY
 from dschat.rlhf.specs import BEAM, BEST_OF_N, DECODINGS, GREEDY, SAMPLE, AnswerSpec, Sampling
@@ -107,7 +107,7 @@ class Config(EvaluationFlags):
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__, removed=GONE))
+    run_before_imports(partial(parse_config, Config, doc=__doc__, removed=GONE))
 
 from dschat.engine.distributed import quiet_libraries
 from dschat.models.load import resolve_dtype

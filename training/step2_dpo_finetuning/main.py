@@ -15,7 +15,7 @@ from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive, to_dict
 from dschat.engine.workload import RESPONSE, Workload
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 from dschat.flags import REMOVED, SupervisedFlags
 from dschat.rlhf.specs import CONSTANTS, WITHOUT_REFERENCE
 
@@ -60,7 +60,7 @@ class Config(SupervisedFlags):
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+    run_before_imports(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
 
 from dschat.data.loader import Batch, num_rows, take_rows
 from dschat.data.prepare import load_rows, training_batches

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dschat.config import flag, parse_config, require_not_negative, to_dict
 from dschat.engine.workload import SCORER, Workload
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 from dschat.flags import REMOVED, CurveFlags, SupervisedFlags
 from dschat.rlhf.specs import CurveSpec
 
@@ -53,7 +53,7 @@ class Config(SupervisedFlags, CurveFlags):
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+    run_before_imports(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
 
 from dschat.data.loader import Batch, collate_rankings, num_rows, take_rows
 from dschat.data.prepare import load_rows, training_batches

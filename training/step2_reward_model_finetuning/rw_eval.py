@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dschat.config import flag, parse_config, require_not_negative, require_positive
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 from dschat.flags import REMOVED, CurveFlags, EvaluationFlags
 from dschat.rlhf.reward_specs import judge_spec
 from dschat.rlhf.specs import CurveSpec
@@ -52,7 +52,7 @@ class Config(EvaluationFlags, CurveFlags):
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+    run_before_imports(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
 
 from dschat.data.sources import load_evaluation
 from dschat.data.stages import tokenize_rankings

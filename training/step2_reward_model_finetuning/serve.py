@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from dschat.config import DTYPES, flag, parse_config
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 from dschat.flags import TRUST_HELP
 
 MAX_REQUEST_BYTES = 64 * 2**20
@@ -39,7 +39,7 @@ class Config:
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__))
+    run_before_imports(partial(parse_config, Config, doc=__doc__))
 
 from dschat.data.records import Message, RecordError, to_example
 from dschat.data.stages import tokenizer_hash

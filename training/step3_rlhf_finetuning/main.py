@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from dschat.config import parse_config, to_dict
-from dschat.errors import UserError, run_part, run_program
+from dschat.errors import UserError, run_before_imports, run_program
 from dschat.flags import REMOVED
 from dschat.rlhf.flags import PPOFlags
 from dschat.rlhf.specs import Sampling
@@ -26,7 +26,7 @@ class Config(PPOFlags):
 
 
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
-    run_part(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
+    run_before_imports(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
 
 from dschat.data.loader import PromptStream, collate_prompts
 from dschat.data.prepare import load_rows
