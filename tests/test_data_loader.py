@@ -11,6 +11,7 @@ from dschat.data.loader import (
     collate_sft,
     epoch_batches,
     num_rows,
+    rows_at,
     split_by_tokens,
     take_rows,
 )
@@ -92,6 +93,16 @@ PAD = 9  # also used as a real token below: masks must come from lengths
 def check(batch, **expected):
     for name, value in expected.items():
         assert batch[name].tolist() == value, name
+
+
+@pytest.mark.parametrize("indices", [[2, 0, 2], range(1, 3), []])
+def test_rows_read_at_once_are_those_read_one_by_one(indices):
+    kept = [
+        {"input_ids": [[1, 2], [3]][:n], "margin": [None, 0.5, 1.0][n], "messages": [{"role": "user"}]}
+        for n in range(3)
+    ]
+    rows = datasets.Dataset.from_list(kept).select([1, 2, 0])
+    assert rows_at(rows, indices) == [rows[i] for i in indices]
 
 
 def test_collate_sft():

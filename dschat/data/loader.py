@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 
@@ -49,6 +50,12 @@ def epoch_batches(
             step.append(MicroBatch(filled[first : first + per_device_batch_size], num_real))
         steps.append(step)
     return steps
+
+
+def rows_at(rows: datasets.Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """``[rows[i] for i in indices]``, read at once: a quarter of the time."""
+    columns = rows[list(indices)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def split_by_tokens(

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from dschat.data.loader import Batch, collate_rankings, epoch_batches, num_rows, take_rows
+from dschat.data.loader import Batch, collate_rankings, epoch_batches, num_rows, rows_at, take_rows
 from dschat.engine.distributed import gather_rows
 from dschat.engine.micro_batches import MicroBatches
 from dschat.models.scorer import last_token_values
@@ -52,7 +52,7 @@ def score_rankings(
 
     parts = []
     for (micro_batch,) in console.track(batches, len(batches), "evaluate"):
-        batch = collate_rankings([rows[i] for i in micro_batch.indices], micro_batch.num_real, pad_token_id)
+        batch = collate_rankings(rows_at(rows, micro_batch.indices), micro_batch.num_real, pad_token_id)
         batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
         scores = torch.where(batch["ranks"] > 0, memory.ask(partial(ask, batch)), torch.nan)
         parts.append(gather_rows(pad(scores, (0, num_answers - scores.shape[1]), value=torch.nan), runtime))

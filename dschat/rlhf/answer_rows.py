@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dschat.data.collate_answers import collate_feedback, collate_pairs, mismatched_rows
-from dschat.data.loader import Batch, MicroBatch, epoch_batches
+from dschat.data.loader import Batch, MicroBatch, epoch_batches, rows_at
 from dschat.engine.distributed import Runtime
 from dschat.errors import UserError
 
@@ -50,11 +50,11 @@ class AnswerRows:
     def collate(self, micro_batch: MicroBatch) -> Batch:
         """See `dschat.data.collate_answers`; on the rank's device."""
         indices, num_real = micro_batch
-        rows = [self.rows[i] for i in indices]
+        rows = rows_at(self.rows, indices)
         if self.is_paired:
             batch = collate_pairs(rows, num_real, self.pad_token_id)
         else:
-            others = [self.rows[self.others[i]] for i in indices]
+            others = rows_at(self.rows, [self.others[i] for i in indices])
             batch = collate_feedback(rows, others, num_real, self.pad_token_id, self.max_len)
         if self.ref_logps is not None:
             batch["ref_logps"] = self.ref_logps[indices]

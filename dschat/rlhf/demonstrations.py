@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dschat.data.loader import Batch, PromptStream, collate_sft
+from dschat.data.loader import Batch, PromptStream, collate_sft, rows_at
 from dschat.engine.distributed import Runtime
 
 import datasets
@@ -34,7 +34,7 @@ class Demonstrations:
 
     def __next__(self) -> list[Batch]:
         size, device = self.micro_batch_size, self.runtime.device
-        mine = [self.rows[i] for i in next(self.stream)[self.runtime.rank :: self.runtime.world_size]]
+        mine = rows_at(self.rows, next(self.stream)[self.runtime.rank :: self.runtime.world_size])
         parts = [mine[i : i + size] for i in range(0, len(mine), size)]
         batches = [collate_sft(part, len(part), self.pad_token_id) for part in parts]
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]

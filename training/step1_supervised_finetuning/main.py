@@ -34,7 +34,7 @@ class Config(SupervisedFlags):
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
     run_before_imports(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
 
-from dschat.data.loader import collate_sft, epoch_batches, num_rows, take_rows
+from dschat.data.loader import collate_sft, epoch_batches, num_rows, rows_at, take_rows
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def collate(rows, micro_batch) -> Batch:
-        batch = collate_sft([rows[i] for i in micro_batch.indices], micro_batch.num_real, tokenizer.pad_token_id)
+        batch = collate_sft(rows_at(rows, micro_batch.indices), micro_batch.num_real, tokenizer.pad_token_id)
         return {name: tensor.to(runtime.device) for name, tensor in batch.items()}
 
     if config.show_batch:

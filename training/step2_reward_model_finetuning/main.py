@@ -55,7 +55,7 @@ class Config(SupervisedFlags, CurveFlags):
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
     run_before_imports(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
 
-from dschat.data.loader import Batch, collate_rankings, num_rows, take_rows
+from dschat.data.loader import Batch, collate_rankings, num_rows, rows_at, take_rows
 from dschat.data.prepare import load_rows, training_batches
 from dschat.data.show import repro_rows, show_batch
 from dschat.data.tokenizer import load_tokenizer
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         check_judge(config.judge, tokenizer, [prompt_text(messages) for messages in data.eval["messages"]])
 
     def collate(rows, micro_batch) -> Batch:
-        ranked = [rows[i] for i in micro_batch.indices]
+        ranked = rows_at(rows, micro_batch.indices)
         batch = collate_rankings(ranked, micro_batch.num_real, tokenizer.pad_token_id)
         return {name: tensor.to(runtime.device) for name, tensor in batch.items()}
 

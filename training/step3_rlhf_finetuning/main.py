@@ -28,7 +28,7 @@ class Config(PPOFlags):
 if __name__ == "__main__":  # help, and mistakes in flags, need not wait for the libraries below, which take seconds
     run_before_imports(partial(parse_config, Config, doc=__doc__, removed=REMOVED))
 
-from dschat.data.loader import PromptStream, collate_prompts
+from dschat.data.loader import PromptStream, collate_prompts, rows_at
 from dschat.data.prepare import load_rows
 from dschat.data.show import show_batch
 from dschat.data.tokenizer import load_tokenizer
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             if current.update is None:  # else the run was stopped inside this update
                 # 1. Roll out: answers to the next prompts, sampled from the actor as it is.
                 times = [time.time()]
-                rows = [data.train[i] for i in indices]
+                rows = rows_at(data.train, indices)
                 rollout = roll_out(collector, rows, seed)
                 times.append(time.time())
                 run.stop_if_asked()  # the seeds would draw the same answers again
