@@ -1,9 +1,10 @@
 """Shared by the tests: tiny models of every family in directories as a user would have them, and a private cache."""
 
+import gc
 import json
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
@@ -13,6 +14,8 @@ import dschat  # noqa: F401  # before torch, see dschat/__init__.py
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+gc.disable()  # until all is imported, as `dschat.errors.run_before_imports` has it
 
 SENTENCES = [
     "the cat sat on the mat",
@@ -24,6 +27,11 @@ SENTENCES = [
     "I do not know that",
     "once upon a time there was a king",
 ]
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -81,12 +81,19 @@ def launch(launcher: str, *argv: str, seconds: float = TIMEOUT + HEADROOM) -> tu
             "SIGSTOP",
             r"rank 1 did not answer for 5 s: stopped, or its machine is gone",
         ),
-        ("deepspeed", 0, "SIGKILL", r"rank 0 \(process \d+\) was killed by SIGKILL; out of memory is the usual cause"),
-        (
+        pytest.param(
+            "deepspeed",
+            0,
+            "SIGKILL",
+            r"rank 0 \(process \d+\) was killed by SIGKILL; out of memory is the usual cause",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             "torchrun",
             1,
             "SIGSTOP",
             r"rank 1 did not answer for 5 s: stopped, or its machine is gone",
+            marks=pytest.mark.long,
         ),
         ("torchrun", 1, "crash", r"RuntimeError: boom"),
     ],
