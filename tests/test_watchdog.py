@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from dschat.engine.watchdog import Report, State, Watchdog
 from tests.conftest import ROOT
 from tests.ranks import free_port
 
@@ -103,6 +104,26 @@ def test_a_rank_that_dies_or_stalls_ends_the_job_with_its_name(launcher, rank, f
     assert all(codes) and re.search(message, output), output
     assert "is done" not in output
     assert seconds < TIMEOUT + HEADROOM
+
+
+@pytest.mark.parametrize(
+    ("heard", "moved", "guilty", "message"),
+    [
+        ((0.1, 0.1), (0.1, 0.1), [], ""),
+        ((0.1, 0.1), (5.1, 5.1), [1], "rank 1 made no step for 5 s"),
+        ((0.1, 4.6), (5.1, 5.1), [], ""),  # stopped between a step and its report
+        ((0.1, 5.1), (5.6, 5.6), [1], "rank 1 did not answer for 5 s"),
+        ((5.1, 0.1), (5.1, 0.1), [0], "rank 0 made no step for 5 s"),  # its own silence means nothing
+    ],
+)
+def test_verdict(heard, moved, guilty, message):
+    """Of rank 0, which waits for rank 1; seconds since each rank was heard and has moved."""
+    watchdog = object.__new__(Watchdog)
+    watchdog.rank, watchdog.timeout = 0, TIMEOUT
+    reports = Report(waits=True), Report()
+    watchdog.states = {n: State(reports[n], 100 - heard[n], 100 - moved[n]) for n in (0, 1)}
+    found = watchdog.verdict(100.0)
+    assert found[0] == guilty and found[1].startswith(message) and bool(found[1]) == bool(message)
 
 
 def test_ranks_that_wait_for_the_one_that_prepares_or_are_all_stopped_do_not_stall():

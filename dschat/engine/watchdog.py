@@ -136,11 +136,12 @@ class Watchdog:
 
     def verdict(self, now: float) -> tuple[list[int], str]:
         """The ranks that hold up the job, and a line that says so; none while all is well."""
-        silent = [rank for rank, state in self.states.items() if now - state.heard_at > self.timeout]
-        silent = [rank for rank in silent if rank != self.rank]
-        if silent:
+        silence = {rank: now - state.heard_at for rank, state in self.states.items() if rank != self.rank}
+        if silent := [rank for rank, seconds in silence.items() if seconds > self.timeout]:
             what = f"did not answer for {self.timeout:g} s: stopped, or its machine is gone"
             return silent, self._told(silent, what)
+        if any(seconds > self.timeout / 2 for seconds in silence.values()):
+            return [], ""  # it may have moved since, and is judged by its silence, or when it speaks again
         if any(state.report.is_alone for state in self.states.values()):
             for state in self.states.values():
                 state.moved_at = now
